@@ -1,0 +1,118 @@
+"""Every workaround for the version of a dependency, each with the version and the reason."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+_SCHEMAS: torch.library.Library | None = None  # keeps the declared schemas alive
+
+
+def ensure_torchvision() -> str:
+    """Make a CUDA-built torchvision importable beside a CPU-only torch.
+
+    PyPI's torchvision wheel (seen with 0.28) dies beside a CPU torch with ``operator torchvision::nms does not
+    exist``, because its C extension cannot be loaded; mmpretrain, and through it mmdet and mmseg, import it at
+    top level. Declaring the two schemas that torchvision registers fakes for is enough, and must happen before
+    the first of those imports.
+
+    Returns:
+        'absent', 'native' or 'declared'.
+    """
+    global _SCHEMAS
+    try:
+        import torchvision
+    except ModuleNotFoundError:
+        return 'absent'
+    except RuntimeError as error:
+        if 'torchvision::nms' not in str(error):
+            raise
+    else:
+        return 'native'
+    for name in [n for n in sys.modules if n.partition('.')[0] == 'torchvision']:
+        del sys.modules[name]
+    _SCHEMAS = torch.library.Library('torchvision', 'DEF')
+    _SCHEMAS.define('nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+    _SCHEMAS.define('qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+    import torchvision  # noqa: F401
+
+    return 'declared'
+
+
+def _named(function: Callable, module: str, name: str) -> Callable:
+    """``function`` under the name by which torch's safe unpickler looks it up (torch 2.4 and 2.5 know no aliases)."""
+    function.__module__, function.__name__, function.__qualname__ = module, name, name
+    return function
+
+
+def _allow_checkpoint_types() -> None:
+    """Let ``torch.load(weights_only=True)`` read mmengine's and the published training checkpoints.
+
+    Allowed beyond torch's own list: argparse.Namespace (published training script), numpy arrays and scalars and
+    mmengine's HistoryBuffer (its message hub). A pickled HistoryBuffer names its four statistics through
+    ``getattr``; allowed is only a ``getattr`` for just those.
+    """
+    from mmengine.logging.history_buffer import HistoryBuffer
+
+    def history_method(cls: Any, name: str) -> Any:
+        if cls is not HistoryBuffer or name not in ('current', 'max', 'mean', 'min'):
+            raise pickle.UnpicklingError(f'getattr of {name!r} is not allowed in a checkpoint')
+        return getattr(cls, name)
+
+    core = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
+
+    def reconstruct(*args: Any) -> Any:
+        return core._reconstruct(*args)
+
+    def scalar(*args: Any) -> Any:
+        return core.scalar(*args)
+
+    allowed = [argparse.Namespace, HistoryBuffer, np.ndarray, np.dtype, core._reconstruct, core.scalar]
+    allowed += [
+        type(np.dtype(code)) for code in ('f8', 'f4', 'f2', 'i8', 'i4', 'i2', 'i1', 'u8', 'u4', 'u2', 'u1', '?')
+    ]
+    allowed.append(_named(history_method, 'builtins', 'getattr'))
+    other = 'numpy.core.multiarray' if hasattr(np, '_core') else 'numpy._core.multiarray'  # numpy 1 and 2 files
+    allowed += [_named(reconstruct, other, '_reconstruct'), _named(scalar, other, 'scalar')]
+    torch.serialization.add_safe_globals(allowed)
+
+
+def safe_torch_load(file: Any, map_location: Any = None) -> Any:
+    """``torch.load`` that restores tensors and plain data, and never executes anything.
+
+    Raises:
+        pickle.UnpicklingError: The file holds anything else.
+    """
+    return torch.load(file, map_location=map_location, weights_only=True)
+
+
+def install_safe_loading() -> None:
+    """Have mmengine read local and https checkpoints by ``read_checkpoint``, for load_from, resume and init_cfg.
+
+    onedl-mmengine 0.10.12 repeats a refused safe load with ``weights_only=False``, which executes whatever the
+    file holds; mmengine 0.10.7 passes no ``weights_only``, which on torch below 2.6 does the same and on newer
+    torch fails on its own checkpoints (HistoryBuffer).
+    """
+    from mmengine.runner import checkpoint
+    from mmengine.runner.checkpoint import CheckpointLoader
+
+    def load(filename: str, map_location: Any = None, **_: Any) -> Any:
+        from .models.checkpoint import read_checkpoint
+
+        return read_checkpoint(filename, map_location)
+
+    _allow_checkpoint_types()
+    CheckpointLoader.register_scheme(prefixes='', loader=load, force=True)
+    CheckpointLoader.register_scheme(prefixes=('http://', 'https://'), loader=load, force=True)
+    if hasattr(checkpoint, '_safe_torch_load'):  # what the remaining schemes of the maintained mmengine call
+
+        def strict_load(file: Any, map_location: Any = None, weights_only: Any = None) -> Any:
+            return safe_torch_load(file, map_location)
+
+        checkpoint._safe_torch_load = strict_load

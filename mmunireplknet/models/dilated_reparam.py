@@ -1,0 +1,166 @@
+"""Dilated Reparam Block: a large depthwise convolution trained with parallel dilated small ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from .layers import LayerNorm2d
+from .reparam import check_foldable, fold_scale, merge_kernels, norm_scale
+
+__all__ = ['PUBLISHED_BRANCHES', 'DilatedReparamBlock', 'build_norm', 'default_branches', 'depthwise_conv']
+
+PUBLISHED_BRANCHES: Mapping[int, tuple[tuple[int, int], ...]] = {
+    7: ((5, 1), (3, 2), (3, 3)),
+    9: ((5, 1), (5, 2), (3, 3), (3, 4)),
+    11: ((5, 1), (5, 2), (3, 3), (3, 4), (3, 5)),
+    13: ((5, 1), (7, 2), (3, 3), (3, 4), (3, 5)),
+    15: ((5, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
+    17: ((5, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
+}
+"""Kernel size -> (size, dilation) of the parallel branches, as in the official code; the paper's
+section 3.1 gives 9 as an example. The authors call the code authoritative (their issue #4)."""
+
+
+def default_branches(kernel_size: int) -> tuple[tuple[int, int], ...]:
+    """Branches (size, dilation) of a kernel size: the published table, beyond it our own rule.
+
+    For 19 to 31 (not published): a 5x5, the largest kernel that fits at dilation 2, and three 3x3 at about
+    1/2, 2/3 and all but one of the radius. The rule gives the published rows for 13 and 17. 3 and 5 have none.
+    """
+    if kernel_size in PUBLISHED_BRANCHES:
+        return PUBLISHED_BRANCHES[kernel_size]
+    if kernel_size < 7:
+        return ()
+    radius = kernel_size // 2
+    return ((5, 1), (radius // 2 * 2 + 1, 2), (3, radius // 2), (3, 2 * radius // 3), (3, radius - 1))
+
+
+def check_branches(kernel_size: int, branches: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Validate user-given branches.
+
+    Raises:
+        ValueError: An even size, a dilation below 1, a repeated branch, or one that covers more than the kernel.
+    """
+    checked = tuple((int(k), int(r)) for k, r in branches)
+    for k, r in checked:
+        if k % 2 == 0 or k < 1 or r < 1 or (k - 1) * r + 1 > kernel_size:
+            raise ValueError(
+                f'branch (size {k}, dilation {r}) does not fit a {kernel_size}x{kernel_size} kernel: the size '
+                f'must be odd, the dilation at least 1 and (size - 1) * dilation + 1 at most {kernel_size}.'
+            )
+    if len(set(checked)) != len(checked):
+        raise ValueError(f'branches {checked} of the {kernel_size}x{kernel_size} kernel repeat one.')
+    return checked
+
+
+def depthwise_conv(dim: int, kernel_size: int, dilation: int = 1, bias: bool = False) -> nn.Conv2d:
+    """Depthwise convolution of stride 1 that keeps the size of the map."""
+    padding = (kernel_size - 1) * dilation // 2
+    return nn.Conv2d(dim, dim, kernel_size, padding=padding, dilation=dilation, groups=dim, bias=bias)
+
+
+def build_norm(norm_cfg: Mapping, dim: int) -> nn.Module:
+    """Norm layer over the channels of a (N, C, H, W) map.
+
+    ``SyncBN`` is built as the device-agnostic one, ``LN`` as a LayerNorm over channels.
+    """
+    from mmcv.cnn import build_norm_layer
+
+    cfg = dict(norm_cfg)
+    if cfg.get('type') in ('LN', 'LN2d'):
+        return LayerNorm2d(dim, eps=cfg.get('eps', 1e-6))
+    if cfg.get('type') == 'SyncBN':
+        cfg['type'] = 'DeviceAgnosticSyncBN'
+    return build_norm_layer(cfg, dim)[1]
+
+
+class DilatedReparamBlock(BaseModule):
+    """``y = BN(DW_K(x)) + sum_j BN_j(DW_{k_j, dilation r_j}(x))``, (N, C, H, W) -> (N, C, H, W).
+
+    UniRepLKNet, https://arxiv.org/abs/2311.15599, section 3.1, Eq. 2. In the deploy form one KxK convolution
+    with bias remains, under the same name ``lk_origin``.
+
+    Args:
+        dim: Channels C.
+        kernel_size: Size K of the large kernel, odd.
+        branches: (size, dilation) of the parallel branches; None takes ``default_branches``.
+        norm_cfg: Norm after every convolution.
+        deploy: Build the deploy form.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int,
+        branches: Sequence[tuple[int, int]] | None = None,
+        norm_cfg: Mapping | None = None,
+        deploy: bool = False,
+    ) -> None:
+        super().__init__()
+        self.deploy = deploy
+        self.branches = check_branches(kernel_size, default_branches(kernel_size) if branches is None else branches)
+        self.lk_origin = depthwise_conv(dim, kernel_size, bias=deploy)
+        if deploy:
+            return
+        norm_cfg = norm_cfg or dict(type='BN')
+        self.origin_bn = build_norm(norm_cfg, dim)
+        for k, r in self.branches:
+            self.add_module(f'dil_conv_k{k}_{r}', depthwise_conv(dim, k, r))
+            self.add_module(f'dil_bn_k{k}_{r}', build_norm(norm_cfg, dim))
+
+    def branch(self, k: int, r: int) -> tuple[nn.Conv2d, nn.Module]:
+        """Convolution and norm of the branch of size ``k`` and dilation ``r``."""
+        return getattr(self, f'dil_conv_k{k}_{r}'), getattr(self, f'dil_bn_k{k}_{r}')
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply all branches to ``x`` (N, C, H, W)."""
+        if self.deploy:
+            return self.lk_origin(x)
+        y = self.origin_bn(self.lk_origin(x))
+        for conv, norm in (self.branch(k, r) for k, r in self.branches):
+            y = y + norm(conv(x))
+        return y
+
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """Kernel (C, 1, K, K) and bias (C,), float64 on the CPU, of the one equivalent convolution.
+
+        Raises:
+            RuntimeError: In training mode.
+            TypeError: A norm that is not BN.
+        """
+        if self.deploy:
+            return self.lk_origin.weight.detach().double().cpu(), self.lk_origin.bias.detach().double().cpu()
+        check_foldable(self.origin_bn, self)
+        kernel, bias = fold_scale(self.lk_origin.weight, None, *norm_scale(self.origin_bn))
+        folded = []
+        for k, r in self.branches:
+            conv, norm = self.branch(k, r)
+            weight, shift = fold_scale(conv.weight, None, *norm_scale(norm))
+            folded.append((weight, r))
+            bias = bias + shift
+        return merge_kernels(kernel, folded), bias
+
+    def switch_to_deploy(self) -> None:
+        """Replace all branches by the one merged convolution, in place; a second call changes nothing."""
+        if not self.deploy:
+            self.store_merged(*self.merged())
+
+    def store_merged(self, kernel: Tensor, bias: Tensor) -> None:
+        """Become the deploy form with this kernel (C, 1, K, K) and bias (C,)."""
+        self.lk_origin = with_weights(self.lk_origin, kernel, bias)
+        for name in [n for n, _ in self.named_children() if n != 'lk_origin']:
+            delattr(self, name)
+        self.deploy = True
+
+
+def with_weights(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
+    """``layer`` (Conv2d or Linear) with a new weight and a bias, on its own device, in its own dtype."""
+    old = layer.weight
+    with_grad = old.requires_grad
+    new = weight.to(device=old.device, dtype=old.dtype)
+    layer.weight = nn.Parameter(new, requires_grad=with_grad)
+    layer.bias = nn.Parameter(bias.to(device=old.device, dtype=old.dtype), requires_grad=with_grad)
+    return layer

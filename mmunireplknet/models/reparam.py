@@ -1,0 +1,118 @@
+"""Folding of trained layers into fewer ones: pure functions, computed in float64 on the CPU.
+
+The equations are those of UniRepLKNet, https://arxiv.org/abs/2311.15599, section 3.1 and Figure 2, and of
+RepVGG, https://arxiv.org/abs/2101.03697, section 3.3. Every function returns float64 tensors; whoever
+stores them casts once, at the end, so that the result is the nearest in the model's own precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ['check_foldable', 'dilate_kernel', 'fold_scale', 'merge_kernels', 'norm_scale', 'switch_to_deploy']
+
+
+def _float64(x: Tensor) -> Tensor:
+    return x.detach().to('cpu', torch.float64)
+
+
+def check_foldable(norm: nn.Module, owner: nn.Module) -> None:
+    """Refuse what cannot be folded exactly.
+
+    Raises:
+        TypeError: ``norm`` is not a BatchNorm: GN and LN depend on the input at inference.
+        RuntimeError: ``owner`` is in training mode or the BN keeps no running statistics.
+    """
+    if not isinstance(norm, _BatchNorm):
+        raise TypeError(
+            f'{type(norm).__name__} cannot be folded into a convolution: its statistics depend on the input. '
+            "Only BN can; train with norm_cfg=dict(type='BN') or 'SyncBN', or keep the training form."
+        )
+    if owner.training:
+        raise RuntimeError('The model is in training mode, where BN uses batch statistics. Call model.eval() first.')
+    if norm.running_mean is None:
+        raise RuntimeError('This BN keeps no running statistics (track_running_stats=False) and cannot be folded.')
+
+
+def norm_scale(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Scale and shift (C,), float64, such that ``norm(x) == scale * x + shift`` in evaluation."""
+    scale = torch.rsqrt(_float64(norm.running_var) + norm.eps)
+    if norm.weight is not None:
+        scale = scale * _float64(norm.weight)
+    shift = -_float64(norm.running_mean) * scale
+    if norm.bias is not None:
+        shift = shift + _float64(norm.bias)
+    return scale, shift
+
+
+def fold_scale(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias, float64, of the layer ``scale * layer(x) + shift``.
+
+    Args:
+        weight: (C_out, ...), of a convolution or a linear layer.
+        bias: (C_out,) or None for zero.
+        scale: (C_out,).
+        shift: (C_out,).
+    """
+    folded = _float64(weight) * scale.view(-1, *[1] * (weight.dim() - 1))
+    return folded, shift if bias is None else _float64(bias) * scale + shift
+
+
+def dilate_kernel(kernel: Tensor, dilation: int) -> Tensor:
+    """The dense kernel of a dilated one: (C, 1, k, k) -> (C, 1, e, e), e = (k - 1) * dilation + 1.
+
+    ``conv(x, kernel, dilation) == conv(x, dilate_kernel(kernel, dilation))``; the new entries are zero.
+    """
+    if dilation == 1:
+        return kernel
+    size = (kernel.shape[-1] - 1) * dilation + 1
+    dense = kernel.new_zeros(*kernel.shape[:-2], size, size)
+    dense[..., ::dilation, ::dilation] = kernel
+    return dense
+
+
+def merge_kernels(large: Tensor, branches: Iterable[tuple[Tensor, int]]) -> Tensor:
+    """Sum of a (C, 1, K, K) kernel and dilated (C, 1, k, k) ones, centred: (C, 1, K, K).
+
+    Raises:
+        ValueError: A branch covers more than K.
+    """
+    merged = large.clone()
+    for kernel, dilation in branches:
+        dense = dilate_kernel(kernel, dilation)
+        margin = (large.shape[-1] - dense.shape[-1]) // 2
+        if margin < 0:
+            raise ValueError(f'a branch of size {dense.shape[-1]} does not fit into a {large.shape[-1]} kernel.')
+        merged += F.pad(dense, [margin] * 4)
+    return merged
+
+
+def switch_to_deploy(model: nn.Module) -> nn.Module:
+    """Turn every UniRepLKNet inside ``model`` into its deploy form, in place.
+
+    ``model`` is any module tree (detector, segmentor, classifier, backbone, block). Other layers are left
+    as they are. Calling it again changes nothing. ``switch_to_deploy(copy.deepcopy(model))`` keeps the original.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        RuntimeError: A backbone is in training mode.
+        TypeError: A backbone's norm cannot be folded (GN, LN).
+        ValueError: There is no UniRepLKNet in ``model``.
+    """
+    from .unireplknet import UniRepLKNet, UniRepLKNetBlock
+
+    backbones = [m for m in model.modules() if isinstance(m, UniRepLKNet)]
+    inside = {id(m) for backbone in backbones for m in backbone.modules()}
+    blocks = [m for m in model.modules() if isinstance(m, UniRepLKNetBlock) and id(m) not in inside]
+    if not backbones and not blocks:
+        raise ValueError(f'{type(model).__name__} holds no UniRepLKNet, so there is nothing to reparameterize.')
+    for module in (*backbones, *blocks):
+        module.switch_to_deploy()
+    return model

@@ -1,0 +1,381 @@
+"""UniRepLKNet backbone.
+
+Paper: "UniRepLKNet: A Universal Perception Large-Kernel ConvNet for Audio, Video, Point Cloud, Time-Series and
+Image Recognition", CVPR 2024, https://arxiv.org/abs/2311.15599; extended in https://arxiv.org/abs/2410.08049.
+Official code and weights: https://github.com/AILab-CVC/UniRepLKNet (Apache-2.0). This is an independent
+implementation with the same state-dict keys and shapes, so the published weights load strictly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from mmcv.cnn.bricks import DropPath
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from .arch_zoo import get_arch
+from .checkpoint import adapt_stem, check_state_dict, load_pretrained
+from .dilated_reparam import DilatedReparamBlock, build_norm, default_branches, depthwise_conv, with_weights
+from .layers import GRN, LayerNorm2d, NCHWtoNHWC, NHWCtoNCHW, SEBlock
+from .reparam import check_foldable, fold_scale, norm_scale
+
+__all__ = ['UniRepLKNet', 'UniRepLKNetBlock']
+
+TRUNC_NORMAL_INIT = (
+    dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0),
+    dict(type='Constant', layer=['LayerNorm', 'BatchNorm2d'], val=1.0, bias=0.0),
+)
+"""The published initialisation of classifiers. Dense backbones keep torch's default, as published."""
+
+
+class _FrozenRunningStatistics:
+    """Context in which BN in training mode does not update its running statistics again.
+
+    A momentum of zero keeps them as they are and, unlike switching the tracking off, saves the same tensors
+    for backward as the first pass did, which non-reentrant checkpointing requires. It can be entered again.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __enter__(self) -> None:
+        norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm)]
+        norms = [m for m in norms if m.training and m.track_running_stats]
+        self.kept = [(m, m.momentum, m.num_batches_tracked.clone()) for m in norms]
+        for norm in norms:
+            norm.momentum = 0.0
+
+    def __exit__(self, *_: object) -> None:
+        for norm, momentum, count in self.kept:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
+
+
+class UniRepLKNetBlock(BaseModule):
+    """One block, (N, C, H, W) -> (N, C, H, W): ``x + DropPath(gamma * branch(x))``.
+
+    branch: depthwise convolution (a Dilated Reparam Block for large kernels) - BN - SE - linear C -> 4C - GELU -
+    GRN - linear 4C -> C - BN. Figure 3 of the paper; the layer scale ``gamma`` is in the official code only.
+
+    Args:
+        dim: Channels C.
+        kernel_size: Size of the depthwise kernel, odd.
+        drop_path_rate: Probability of dropping the branch of a sample.
+        layer_scale_init_value: Initial ``gamma``; None or 0 for no layer scale.
+        branches: Dilated branches; None takes the published ones, 3 and 5 then have none and are plain.
+        norm_cfg: Norm after the depthwise convolution, in its branches, and at the end.
+        with_cp: Recompute the block in the backward pass instead of storing its activations.
+        deploy: Build the deploy form.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int,
+        drop_path_rate: float = 0.0,
+        layer_scale_init_value: float | None = 1e-6,
+        branches: Sequence[tuple[int, int]] | None = None,
+        norm_cfg: Mapping | None = None,
+        with_cp: bool = False,
+        deploy: bool = False,
+    ) -> None:
+        super().__init__()
+        norm_cfg = norm_cfg or dict(type='BN')
+        self.with_cp = with_cp
+        self.deploy = deploy
+        if branches is not None or default_branches(kernel_size):
+            self.dwconv: nn.Module = DilatedReparamBlock(dim, kernel_size, branches, norm_cfg, deploy)
+        else:
+            self.dwconv = depthwise_conv(dim, kernel_size, bias=deploy)
+        self.norm = nn.Identity() if deploy else build_norm(norm_cfg, dim)
+        self.se = SEBlock(dim)
+        self.pwconv1 = nn.Sequential(NCHWtoNHWC(), nn.Linear(dim, 4 * dim))
+        self.act = nn.Sequential(nn.GELU(), GRN(4 * dim, use_bias=not deploy))
+        pwconv2: list[nn.Module] = [nn.Linear(4 * dim, dim, bias=deploy), NHWCtoNCHW()]
+        if not deploy:
+            pwconv2.append(build_norm(norm_cfg, dim))
+        self.pwconv2 = nn.Sequential(*pwconv2)
+        scaled = bool(layer_scale_init_value) and not deploy
+        self.gamma = nn.Parameter(torch.full((dim,), layer_scale_init_value)) if scaled else None
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the block to ``x`` (N, C, H, W)."""
+        if self.with_cp and x.requires_grad and torch.is_grad_enabled():
+            contexts = (nullcontext(), _FrozenRunningStatistics(self))
+            return checkpoint(self._forward, x, use_reentrant=False, context_fn=lambda: contexts)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        y = self.se(self.norm(self.dwconv(x)))
+        y = self.pwconv2(self.act(self.pwconv1(y)))
+        if self.gamma is not None:
+            y = y * self.gamma.view(1, -1, 1, 1)
+        return x + self.drop_path(y)
+
+    def switch_to_deploy(self) -> None:
+        """Fold BN, GRN bias and layer scale into the convolution and the last linear layer, in place.
+
+        A second call changes nothing. Device, dtype and ``requires_grad`` are kept.
+
+        Raises:
+            RuntimeError: The block is in training mode.
+            TypeError: The norm is not BN.
+        """
+        if self.deploy:
+            return
+        check_foldable(self.norm, self)
+        check_foldable(self.pwconv2[2], self)
+        self._fold_depthwise()
+        self._fold_linear()
+        self.deploy = True
+
+    def _fold_depthwise(self) -> None:
+        scale, shift = norm_scale(self.norm)
+        if isinstance(self.dwconv, DilatedReparamBlock):
+            self.dwconv.store_merged(*fold_scale(*self.dwconv.merged(), scale, shift))
+        else:
+            self.dwconv = with_weights(self.dwconv, *fold_scale(self.dwconv.weight, None, scale, shift))
+        self.norm = nn.Identity()
+
+    def _fold_linear(self) -> None:
+        grn, linear, norm = self.act[1], self.pwconv2[0], self.pwconv2[2]
+        scale, shift = norm_scale(norm)
+        if self.gamma is not None:
+            gamma = self.gamma.detach().to('cpu', torch.float64)
+            scale, shift = scale * gamma, shift * gamma
+        weight = linear.weight.detach().to('cpu', torch.float64)
+        bias = weight @ grn.beta.detach().to('cpu', torch.float64).flatten()
+        self.pwconv2 = nn.Sequential(with_weights(linear, *fold_scale(weight, bias, scale, shift)), NHWCtoNCHW())
+        grn.beta = None
+        self.gamma = None
+
+
+@MODELS.register_module()
+class UniRepLKNet(BaseModule):
+    """UniRepLKNet backbone with multi-scale outputs.
+
+    Args:
+        arch: Name of a published variant, 'a' 'f' 'p' 'n' 't' 's' 'b' 'l' 'xl', or a dict with ``depths``, ``dims``
+            and ``kernel_sizes``.
+        in_channels: Channels of the input. Weights published for 3 are adapted (see ``adapt_stem``).
+        out_indices: Stages, from 0 to 3 in ascending order, whose maps are returned.
+        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
+        layer_scale_init_value: Initial layer scale; None or 0 for none.
+        kernel_sizes: Replaces the variant's: an int, one entry a stage, or one a block; odd, 3 to 31.
+        branches: Kernel size -> (size, dilation) of the dilated branches, instead of the published ones; an
+            empty list gives the large kernel alone. 3 and 5 are plain unless named here.
+        norm_cfg: Norm in the blocks. BN and SyncBN fold away at deployment; GN and LN train, but do not fold.
+        frozen_stages: 0 freezes the stem, n the stem and the first n stages, -1 nothing. Frozen BN is in eval mode.
+        norm_eval: Keep every BN in eval mode during training.
+        with_cp: Recompute blocks in the backward pass to save memory; BN statistics are updated once.
+        deploy: Build the reparameterized form (inference).
+        gap_before_final_norm: Return the pooled, normed (N, C) feature instead of maps; with
+            ``out_indices=(3,)`` this is the trunk of the published classifier.
+        channels_last: Convert the input to channels_last memory, which the whole backbone then keeps: the
+            block's permutes become views. Otherwise the layout of the input is kept.
+        init_cfg: mmengine's initialisation. ``dict(type='Pretrained', checkpoint=...)`` takes a file, an https
+            address or the short name of a published file (``arch_zoo.CHECKPOINTS``).
+
+    Raises:
+        ValueError: Any argument out of its range, with what was expected.
+    """
+
+    def __init__(
+        self,
+        arch: str | Mapping = 's',
+        in_channels: int = 3,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        drop_path_rate: float = 0.0,
+        layer_scale_init_value: float | None = 1e-6,
+        kernel_sizes: int | Sequence | None = None,
+        branches: Mapping[int, Sequence[tuple[int, int]]] | None = None,
+        norm_cfg: Mapping | None = None,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        deploy: bool = False,
+        gap_before_final_norm: bool = False,
+        channels_last: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        if init_cfg is None and gap_before_final_norm:
+            init_cfg = [dict(cfg) for cfg in TRUNC_NORMAL_INIT]
+        super().__init__(init_cfg)
+        norm_cfg = dict(norm_cfg or dict(type='BN'))
+        _check_arguments(in_channels, out_indices, frozen_stages, drop_path_rate, gap_before_final_norm)
+        if deploy and norm_cfg.get('type') not in ('BN', 'BN2d', 'SyncBN', 'DeviceAgnosticSyncBN'):
+            raise ValueError(
+                f'deploy=True with norm_cfg={norm_cfg}: the deploy form has BN folded into its convolutions, '
+                'which is impossible for other norms. Use BN or SyncBN, or deploy=False.'
+            )
+        self.arch = get_arch(arch, kernel_sizes)
+        self.in_channels = in_channels
+        self.out_indices = tuple(out_indices)
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.deploy = deploy
+        self.gap_before_final_norm = gap_before_final_norm
+        self.channels_last = channels_last
+        dims = self.arch.dims
+
+        self.downsample_layers = nn.ModuleList([_stem(in_channels, dims[0])])
+        for i in range(3):
+            conv = nn.Conv2d(dims[i], dims[i + 1], 3, stride=2, padding=1)
+            self.downsample_layers.append(nn.Sequential(conv, LayerNorm2d(dims[i + 1])))
+
+        rates = iter(torch.linspace(0, drop_path_rate, sum(self.arch.depths), device='cpu').tolist())
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                *(
+                    UniRepLKNetBlock(
+                        dim,
+                        size,
+                        drop_path_rate=next(rates),
+                        layer_scale_init_value=layer_scale_init_value,
+                        branches=(branches or {}).get(size),
+                        norm_cfg=norm_cfg,
+                        with_cp=with_cp,
+                        deploy=deploy,
+                    )
+                    for size in sizes
+                )
+            )
+            for dim, sizes in zip(dims, self.arch.kernel_sizes, strict=True)
+        )
+        for i in self.out_indices:
+            name, norm = ('norm', nn.LayerNorm) if gap_before_final_norm else (f'norm{i}', LayerNorm2d)
+            self.add_module(name, norm(dims[i], eps=1e-6))
+        for i in range(self.out_indices[-1] + 1, 4):
+            # Stages behind the last output take no part: DDP would wait for their gradients.
+            self.downsample_layers[i].requires_grad_(False)
+            self.stages[i].requires_grad_(False)
+        self._freeze_stages()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute the feature maps of ``x``.
+
+        Args:
+            x: (N, in_channels, H, W), any H and W.
+
+        Returns:
+            One map (N, dims[i], ceil(H / 2^(i+2)), ceil(W / 2^(i+2))) for every i of ``out_indices``; with
+            ``gap_before_final_norm`` one (N, dims[-1]) feature.
+        """
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        outs = []
+        for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
+            x = stage(downsample(x))
+            if i in self.out_indices:
+                outs.append(self.norm(x.mean((2, 3))) if self.gap_before_final_norm else getattr(self, f'norm{i}')(x))
+            if i == self.out_indices[-1]:
+                break
+        return tuple(outs)
+
+    def train(self, mode: bool = True) -> UniRepLKNet:
+        """Set the mode; frozen stages, and with ``norm_eval`` every BN, stay in evaluation."""
+        super().train(mode)
+        self._freeze_stages()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def _freeze_stages(self) -> None:
+        for i in range(self.frozen_stages + 1):
+            frozen = [self.downsample_layers[0]] if i == 0 else [self.stages[i - 1]]
+            if i > 1:
+                frozen.append(self.downsample_layers[i - 1])
+            for module in frozen:
+                module.eval()
+                module.requires_grad_(False)
+
+    def init_weights(self) -> None:
+        """Initialise as ``init_cfg`` says; pretrained files load strictly and form-aware."""
+        if isinstance(self.init_cfg, dict) and self.init_cfg.get('type') == 'Pretrained':
+            if not self._is_init:
+                load_pretrained(self, self.init_cfg)
+                self._is_init = True
+            return
+        super().init_weights()
+
+    def switch_to_deploy(self) -> None:
+        """Reparameterize the whole backbone in place; a second call changes nothing.
+
+        Raises:
+            RuntimeError: The backbone is in training mode.
+            TypeError: Its norm is not BN.
+        """
+        if self.training:
+            raise RuntimeError('The backbone is in training mode. Call model.eval() before switch_to_deploy().')
+        for stage in self.stages:
+            for block in stage:
+                block.switch_to_deploy()
+        self.deploy = True
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Depth of a parameter for layer-wise learning-rate decay, by the published rule for 12 layers.
+
+        Stem 0; stage 1: 1; second downsampling and stage 2: 2; third downsampling 3; block B of stage 3: 3 + B // 3;
+        last downsampling and stage 4: 12; everything else 13 (learning-rate scale 1). As published, the 18 blocks of
+        variant T end at 8, so that depths 9 to 11 stay empty.
+
+        Args:
+            param_name: Full name of the parameter.
+            prefix: What stands before the backbone's own names, e.g. 'backbone.'.
+
+        Returns:
+            The depth and the number of depths (14).
+        """
+        return layer_depth(param_name.removeprefix(prefix) if param_name.startswith(prefix) else ''), 14
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        check_state_dict(self, state_dict, prefix)
+        adapt_stem(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def layer_depth(name: str, num_layers: int = 12) -> int:
+    """Depth of the backbone parameter ``name`` (without prefix) for ``num_layers``; see ``get_layer_depth``."""
+    part, _, rest = name.partition('.')
+    index = rest.split('.')
+    if part == 'downsample_layers':
+        return {0: 0, 1: 2, 2: 3, 3: num_layers}[int(index[0])]
+    if part == 'stages':
+        stage, block = int(index[0]), int(index[1])
+        return {0: 1, 1: 2, 2: 3 + block // 3, 3: num_layers}[stage]
+    return num_layers + 1
+
+
+def _stem(in_channels: int, dim: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, dim // 2, 3, stride=2, padding=1),
+        LayerNorm2d(dim // 2),
+        nn.GELU(),
+        nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1),
+        LayerNorm2d(dim),
+    )
+
+
+def _check_arguments(
+    in_channels: int, out_indices: Sequence[int], frozen_stages: int, drop_path_rate: float, gap: bool
+) -> None:
+    if in_channels < 1:
+        raise ValueError(f'in_channels={in_channels} must be at least 1.')
+    if not out_indices or list(out_indices) != sorted(set(out_indices)) or not set(out_indices) <= {0, 1, 2, 3}:
+        raise ValueError(f'out_indices={tuple(out_indices)} must be ascending stages out of 0, 1, 2, 3.')
+    if gap and len(out_indices) != 1:
+        raise ValueError(f'gap_before_final_norm returns one feature, but out_indices={tuple(out_indices)}.')
+    if not -1 <= frozen_stages <= 4:
+        raise ValueError(f'frozen_stages={frozen_stages} must be from -1 (none) to 4 (all).')
+    if not 0.0 <= drop_path_rate < 1.0:
+        raise ValueError(f'drop_path_rate={drop_path_rate} must be at least 0 and below 1.')
