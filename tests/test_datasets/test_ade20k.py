@@ -1,0 +1,411 @@
+import http.server
+import importlib.util
+import re
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmunireplknet.datasets import ade20k
+from mmunireplknet.datasets.checks import missing_data_message
+
+EXPECTED = {'training': 3, 'validation': 2}
+TOOL = Path(__file__).parents[2] / 'tools/dataset_preparation/ade20k.py'
+
+
+def make(root, labels=(0, 150)):
+    rng = np.random.default_rng(0)
+    for split, count in EXPECTED.items():
+        for folder in ('images', 'annotations'):
+            (root / folder / split).mkdir(parents=True)
+        for index in range(count):
+            image = rng.integers(0, 256, (6, 8, 3), np.uint8)
+            mask = rng.choice(labels, (6, 8)).astype(np.uint8)
+            mask[0, 0] = labels[-1]
+            Image.fromarray(image).save(root / 'images' / split / f'ADE_{index}.jpg')
+            Image.fromarray(mask).save(root / 'annotations' / split / f'ADE_{index}.png')
+    return root
+
+
+@pytest.fixture
+def root(tmp_path):
+    return make(tmp_path / 'ade/ADEChallengeData2016')
+
+
+@pytest.fixture
+def archive(tmp_path):
+    source = make(tmp_path / 'source/ADEChallengeData2016')
+    path = tmp_path / 'served.zip'
+    with zipfile.ZipFile(path, 'w') as file:
+        for entry in sorted(source.rglob('*')):
+            file.write(entry, entry.relative_to(source.parent))
+    return path.read_bytes()
+
+
+class Server:
+    """Serves ``content`` at any path, after ``cut`` bytes of an answer (once) it hangs up."""
+
+    def __init__(self, content, cut=None, ranges=True):
+        self.requests = []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                asked = self.headers.get('Range')
+                outer.requests.append(asked)
+                start = int(asked.removeprefix('bytes=').removesuffix('-')) if asked and ranges else 0
+                if start >= len(content):
+                    self.send_response(416)
+                    self.send_header('Content-Range', f'bytes */{len(content)}')
+                    self.send_header('Content-Length', '0')
+                    self.end_headers()
+                    return
+                self.send_response(206 if start else 200)
+                if start:
+                    self.send_header('Content-Range', f'bytes {start}-{len(content) - 1}/{len(content)}')
+                self.send_header('Content-Length', str(len(content) - start))
+                self.end_headers()
+                nonlocal cut
+                self.wfile.write(content[start:] if cut is None else content[start : start + cut])
+                cut = None
+
+            def log_message(self, *args):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        self.url = f'http://127.0.0.1:{self.server.server_address[1]}/{ade20k.ARCHIVE}'
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *args):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+
+# ------------------------------------------------------------------------------------------------------ check
+
+
+def test_a_whole_tree(root):
+    report = ade20k.check(root, expected=EXPECTED)
+    assert report.whole
+    assert (report.images, report.masks, report.sampled) == (EXPECTED, EXPECTED, 5)
+    assert 'training: 3 images and 3 masks of 3' in str(report)
+    assert '5 masks opened, 5 as they should be' in str(report)
+    assert ade20k.check(root, samples=1, expected=EXPECTED).sampled == 2
+
+
+def test_the_published_counts():
+    assert ade20k.COUNTS == {'training': 20210, 'validation': 2000}
+
+
+def test_too_few_is_not_whole(root):
+    report = ade20k.check(root)
+    assert not report.whole
+    assert 'of 20210' in str(report)
+    assert 'NOT complete' in str(report)
+
+
+def test_missing_partners_are_named(root):
+    (root / 'annotations/training/ADE_1.png').unlink()
+    (root / 'images/validation/ADE_0.jpg').unlink()
+    report = ade20k.check(root, expected=EXPECTED)
+    assert not report.whole
+    assert report.unpaired == {'training': ['ADE_1'], 'validation': ['ADE_0']}
+    assert 'without their image or mask: ADE_1' in str(report)
+
+
+@pytest.mark.parametrize(
+    ('mask', 'message'),
+    [
+        (np.full((6, 8), 151, np.uint8), 'label 151; expected 0 to 150'),
+        (np.zeros((6, 8, 3), np.uint8), r'expected \(H, W\) uint8'),
+        (np.zeros((8, 6), np.uint8), 'expected the same height and width'),
+        (None, 'cannot be read'),
+    ],
+)
+def test_a_wrong_mask_is_named(root, mask, message):
+    path = root / 'annotations/validation/ADE_1.png'
+    if mask is None:
+        path.write_bytes(b'no picture')
+    else:
+        Image.fromarray(mask).save(path)
+    report = ade20k.check(root, expected=EXPECTED)
+    assert not report.whole
+    assert len(report.faults) == 1
+    assert 'ADE_1.png' in report.faults[0]
+    assert re.search(message, report.faults[0])
+    assert '5 masks opened, 4 as they should be' in str(report)
+
+
+def test_nothing_there(tmp_path):
+    report = ade20k.check(tmp_path / 'nowhere')
+    assert not report.whole
+    assert report.sampled == 0
+
+
+# --------------------------------------------------------------------------------------------------- download
+
+
+def test_download(tmp_path, archive):
+    root = tmp_path / 'data/ade/ADEChallengeData2016'
+    seen = []
+    with Server(archive) as server:
+        kept = ade20k.download(root, [server.url], progress=lambda *a: seen.append(a))
+    assert seen[-1] == (len(archive), len(archive))
+    assert ade20k.check(root, expected=EXPECTED).whole
+    assert files(root) == files(tmp_path / 'source/ADEChallengeData2016')
+    assert sorted(path.name for path in root.parent.iterdir()) == ['ADEChallengeData2016', ade20k.ARCHIVE]
+    assert kept.read_bytes() == archive
+
+
+@pytest.mark.parametrize('ranges', [True, False])
+def test_a_broken_download_goes_on(tmp_path, archive, ranges):
+    root = tmp_path / 'ade/ADEChallengeData2016'
+    with Server(archive, cut=100, ranges=ranges) as server:
+        with pytest.raises(ConnectionError, match=f'ended after 100 of {len(archive)} bytes'):
+            ade20k.download(root, [server.url])
+        assert not root.exists()
+        assert (root.parent / f'{ade20k.ARCHIVE}.part').stat().st_size == 100
+        kept = ade20k.download(root, [server.url])
+    assert server.requests == [None, 'bytes=100-']
+    assert kept.read_bytes() == archive
+    assert ade20k.check(root, expected=EXPECTED).whole
+
+
+def test_the_second_url_goes_on_where_the_first_broke_off(tmp_path, archive):
+    root = tmp_path / 'ade/ADEChallengeData2016'
+    with Server(archive, cut=77) as first, Server(archive) as second:
+        ade20k.download(root, [first.url, second.url])
+    assert second.requests == ['bytes=77-']
+    assert ade20k.check(root, expected=EXPECTED).whole
+
+
+def test_a_complete_partial_file_is_taken(tmp_path, archive):
+    root = tmp_path / 'ade/ADEChallengeData2016'
+    root.parent.mkdir()
+    (root.parent / f'{ade20k.ARCHIVE}.part').write_bytes(archive)
+    with Server(archive) as server:
+        ade20k.download(root, [server.url])
+    assert ade20k.check(root, expected=EXPECTED).whole
+
+
+def test_a_partial_file_that_is_too_long_is_dropped(tmp_path, archive):
+    root = tmp_path / 'ade/ADEChallengeData2016'
+    root.parent.mkdir()
+    partial = root.parent / f'{ade20k.ARCHIVE}.part'
+    partial.write_bytes(archive + b'more')
+    with Server(archive) as server:
+        with pytest.raises(ConnectionError, match='is deleted; run this again'):
+            ade20k.download(root, [server.url])
+        assert not partial.exists()
+        ade20k.download(root, [server.url])
+    assert ade20k.check(root, expected=EXPECTED).whole
+
+
+def test_without_network_one_sentence_says_what_to_do(tmp_path, archive):
+    root = tmp_path / 'ade/ADEChallengeData2016'
+    with Server(b'') as server:
+        url = server.url
+    with pytest.raises(ConnectionError) as caught:
+        ade20k.download(root, [url])
+    message = str(caught.value)
+    for part in (ade20k.ARCHIVE, url, str(root.parent / ade20k.ARCHIVE), 'run this again'):
+        assert part in message
+    assert '\n' not in message
+    # Doing what it says works, and needs no network.
+    (root.parent / ade20k.ARCHIVE).write_bytes(archive)
+    ade20k.download(root, [url])
+    assert ade20k.check(root, expected=EXPECTED).whole
+
+
+def test_https_is_tried_first():
+    assert [url.partition(':')[0] for url in ade20k.URLS] == ['https', 'http']
+    assert all(url.endswith('data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip') for url in ade20k.URLS)
+
+
+def test_a_damaged_archive_leaves_nothing(tmp_path, archive):
+    root = tmp_path / 'ade/ADEChallengeData2016'
+    root.parent.mkdir()
+    damaged = bytearray(archive)
+    middle = archive.index(b'\xff\xd8\xff') + 20  # inside the first JPEG
+    damaged[middle : middle + 8] = b'\0' * 8
+    (root.parent / ade20k.ARCHIVE).write_bytes(damaged)
+    with pytest.raises(ValueError, match=r'is damaged .*; delete it'):
+        ade20k.download(root, [])
+    assert [path.name for path in root.parent.iterdir()] == [ade20k.ARCHIVE]
+
+
+def test_another_archive_is_refused(tmp_path):
+    path = tmp_path / 'other.zip'
+    with zipfile.ZipFile(path, 'w') as file:
+        file.writestr('somewhere/readme.txt', 'hello')
+    with pytest.raises(ValueError, match='no folder with images and annotations'):
+        ade20k.unpack(path, tmp_path / 'out')
+    assert [entry.name for entry in tmp_path.iterdir()] == ['other.zip']
+
+
+def test_a_folder_with_content_is_left_alone(root):
+    before = files(root)
+    with pytest.raises(FileExistsError, match='left alone; move it away'):
+        ade20k.download(root, [])
+    assert files(root) == before
+
+
+# ------------------------------------------------------------------------------------------------------- tool
+
+
+@pytest.fixture
+def tool():
+    spec = importlib.util.spec_from_file_location('ade20k_tool', TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tool(tool, tmp_path, root, archive, monkeypatch, capsys):
+    assert tool.main(['--root', str(tmp_path / 'nowhere')]) == 1
+    assert '--download brings it there' in capsys.readouterr().out
+    assert tool.main(['--root', str(root)]) == 1
+    assert f'Move {root} away' in capsys.readouterr().out
+    fetched = tmp_path / 'new/ade'
+    fetched.parent.mkdir()
+    (fetched.parent / ade20k.ARCHIVE).write_bytes(archive)
+    assert tool.main(['--root', str(fetched), '--download']) == 1
+    out = capsys.readouterr().out
+    assert f'unpacked to {fetched}' in out
+    assert 'training: 3 images and 3 masks of 20210' in out
+    monkeypatch.setattr(ade20k.check, '__defaults__', (ade20k.ROOT, 8, EXPECTED))
+    assert tool.main(['--root', str(root)]) == 0
+    assert tool.main(['--root', str(root), '--download']) == 0, 'nothing to fetch'
+
+
+# ------------------------------------------------------------------------------------------ missing_data_message
+
+
+def ade(root, **changes):
+    return {
+        'type': 'ADE20KDataset',
+        'data_root': str(root),
+        'data_prefix': {'img_path': 'images/training', 'seg_map_path': 'annotations/training'},
+        **changes,
+    }
+
+
+def test_data_that_is_there(root, monkeypatch):
+    monkeypatch.chdir(root.parents[1])
+    for cfg in (
+        ade(root),
+        ade('ade/ADEChallengeData2016'),
+        str(root),
+        root,
+        None,
+        {'dataset': ade(root)},
+        {'type': 'ConcatDataset', 'datasets': [ade(root), ade(root)]},
+        {'type': 'RepeatDataset', 'times': 2, 'dataset': {'type': 'ConcatDataset', 'datasets': [ade(root)]}},
+    ):
+        assert missing_data_message(cfg) is None, cfg
+
+
+def one_sentence(message):
+    return '\n' not in message and message.endswith('.') and '. ' not in message
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda cfg: cfg,
+        lambda cfg: {'batch_size': 1, 'dataset': cfg},
+        lambda cfg: {'type': 'RepeatDataset', 'dataset': {'type': 'MultiImageMixDataset', 'dataset': cfg}},
+        lambda cfg: {'type': 'ConcatDataset', 'datasets': [{'type': 'X'}, cfg]},
+    ],
+)
+def test_missing_ade20k(wrap, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = missing_data_message(wrap(ade(ade20k.ROOT)))
+    assert one_sentence(message)
+    for part in (
+        'data/ade/ADEChallengeData2016/images/training does not exist',
+        str(tmp_path),
+        'nor do 1 more',
+        'tools/dataset_preparation/ade20k.py --download',
+        ade20k.URLS[0],
+    ):
+        assert part in message
+    elsewhere = missing_data_message(wrap(ade('/nowhere/ade')))
+    assert 'ade20k.py --root /nowhere/ade --download' in elsewhere
+
+
+def test_one_missing_folder_is_enough(root):
+    folder = root / 'annotations/training'
+    folder.rename(root / 'elsewhere')
+    assert f'{folder} does not exist; ' in missing_data_message(ade(root))
+    folder.mkdir()
+    assert f'{folder} is empty; ' in missing_data_message(ade(root))
+
+
+def test_missing_digit_scenes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = {
+        'type': 'CocoDataset',
+        'data_root': 'data/digit_scenes/',
+        'ann_file': 'annotations/instances_train.json',
+        'data_prefix': {'img': 'images/training/'},
+    }
+    message = missing_data_message(cfg)
+    assert one_sentence(message)
+    assert 'data/digit_scenes/annotations/instances_train.json does not exist' in message
+    assert 'python tools/dataset_preparation/digit_scenes.py --out data/digit_scenes makes it' in message
+    ten = missing_data_message({**cfg, 'metainfo': {'classes': ['background', *'0123456789']}})
+    assert '--out data/digit_scenes --num-classes 10 makes it' in ten
+
+
+@pytest.mark.parametrize(
+    ('cfg', 'part'),
+    [
+        ({'type': 'CocoDataset', 'data_root': 'data/coco/', 'ann_file': 'a.json'}, 'https://cocodataset.org'),
+        ({'type': 'ImageNet', 'data_root': 'data/imagenet', 'split': 'val'}, 'data/imagenet/val does not exist'),
+        ({'type': 'ImageNet', 'data_root': 'data/imagenet', 'data_prefix': 'train'}, 'https://image-net.org'),
+        ({'type': 'Mine', 'data_root': 'data/mine'}, "--cfg-options (data_root, now 'data/mine')"),
+        ({'type': 'Mine', 'ann_file': 'list.txt'}, 'list.txt does not exist'),
+        ('data/mine', 'data/mine does not exist'),
+    ],
+)
+def test_other_data(cfg, part, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = missing_data_message(cfg)
+    assert part in message
+    assert one_sentence(message)
+
+
+@pytest.mark.parametrize(
+    'cfg',
+    [
+        {'type': 'CIFAR10', 'data_root': 'data/cifar10'},
+        {'type': 'mmpretrain.CIFAR10', 'data_prefix': 'data/cifar10'},
+        {'type': 'CocoDataset', 'data_root': 's3://bucket/coco', 'ann_file': 'a.json'},
+        {'type': 'CocoDataset', 'data_root': 'data/coco', 'backend_args': {'backend': 'petrel'}},
+        {'type': 'BaseSegDataset'},
+        {'dataset': None},
+    ],
+)
+def test_what_cannot_be_looked_up_is_taken_to_be_there(cfg, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert missing_data_message(cfg) is None
+
+
+def test_configs_of_mmengine(tmp_path, monkeypatch):
+    from mmengine.config import Config
+
+    monkeypatch.chdir(tmp_path)
+    cfg = Config({'train_dataloader': {'batch_size': 1, 'dataset': ade(ade20k.ROOT)}})
+    assert 'ade20k.py --download' in missing_data_message(cfg.train_dataloader)
+    assert 'ade20k.py --download' in missing_data_message(cfg.train_dataloader.dataset)
