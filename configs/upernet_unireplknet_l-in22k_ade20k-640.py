@@ -1,0 +1,20 @@
+# UperNet with UniRepLKNet-L from ImageNet-22K on ADE20K, crop 640. Published mIoU: 54.5 single-scale, 55.0 multi-scale.
+# It starts from the weights fine-tuned on ImageNet-1K at 384, as published.
+_base_ = [
+    './_base_/upernet_unireplknet.py',
+    './_base_/ade20k_640.py',
+    './_base_/schedule_160k.py',
+    './_base_/runtime.py',
+]
+model = dict(
+    data_preprocessor=dict(size=(640, 640)),
+    backbone=dict(
+        arch='l',
+        drop_path_rate=0.4,
+        with_cp=True,
+        init_cfg=dict(type='Pretrained', checkpoint='unireplknet_l_in22k_in1k-384'),
+    ),
+    decode_head=dict(in_channels=[192, 384, 768, 1536]),
+    auxiliary_head=dict(in_channels=768),
+)
+optim_wrapper = dict(paramwise_cfg=dict(decay_rate=0.85, num_layers=12))

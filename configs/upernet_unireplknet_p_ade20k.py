@@ -1,0 +1,20 @@
+# UperNet with UniRepLKNet-P from ImageNet-1K on ADE20K, crop 512. Not published.
+# Our choice, not tuned: the recipe of variant T with the drop path of this variant's published ImageNet training.
+_base_ = [
+    './_base_/upernet_unireplknet.py',
+    './_base_/ade20k_512.py',
+    './_base_/schedule_160k.py',
+    './_base_/runtime.py',
+]
+model = dict(
+    data_preprocessor=dict(size=(512, 512)),
+    backbone=dict(
+        arch='p',
+        drop_path_rate=0.1,
+        with_cp=False,
+        init_cfg=dict(type='Pretrained', checkpoint='unireplknet_p_in1k'),
+    ),
+    decode_head=dict(in_channels=[64, 128, 256, 512]),
+    auxiliary_head=dict(in_channels=256),
+)
+optim_wrapper = dict(paramwise_cfg=dict(decay_rate=1.0, num_layers=9))

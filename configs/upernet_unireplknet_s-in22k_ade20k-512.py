@@ -1,0 +1,20 @@
+# UperNet with UniRepLKNet-S from ImageNet-22K on ADE20K, crop 512. Published mIoU: 51.9 single-scale, 52.7 multi-scale.
+# It starts from the weights fine-tuned on ImageNet-1K at 384, as published.
+_base_ = [
+    './_base_/upernet_unireplknet.py',
+    './_base_/ade20k_512.py',
+    './_base_/schedule_160k.py',
+    './_base_/runtime.py',
+]
+model = dict(
+    data_preprocessor=dict(size=(512, 512)),
+    backbone=dict(
+        arch='s',
+        drop_path_rate=0.3,
+        with_cp=True,
+        init_cfg=dict(type='Pretrained', checkpoint='unireplknet_s_in22k_in1k-384'),
+    ),
+    decode_head=dict(in_channels=[96, 192, 384, 768]),
+    auxiliary_head=dict(in_channels=384),
+)
+optim_wrapper = dict(paramwise_cfg=dict(decay_rate=0.9, num_layers=12))
