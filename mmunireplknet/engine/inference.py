@@ -1,0 +1,95 @@
+"""Load a whole model from a config and a checkpoint, and predict on image files, for every task."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import mmcv
+import torch
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
+from torch import nn
+
+from ..models.checkpoint import load_checkpoint, read_checkpoint
+from ..models.reparam import switch_to_deploy
+
+__all__ = ['Predictor', 'find_images']
+
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
+
+
+def find_images(names: Iterable[str]) -> list[Path]:
+    """Image files named by files, folders (searched to any depth) and globs, in order, each once.
+
+    Raises:
+        FileNotFoundError: A name that matches no image.
+    """
+    found: dict[Path, None] = {}
+    for name in names:
+        path = Path(name)
+        if path.is_file():
+            matches = [path]
+        else:
+            candidates = path.rglob('*') if path.is_dir() else map(Path, glob.glob(name, recursive=True))
+            matches = sorted(p for p in candidates if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not matches:
+            raise FileNotFoundError(f'{name}: no such file, no image ({", ".join(IMAGE_SUFFIXES)}) in it, or no match.')
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+class Predictor:
+    """A model in evaluation with its test pipeline and visualizer.
+
+    Args:
+        cfg: Config of mmseg, mmdet or mmpretrain.
+        checkpoint: File, https address or short name of a published file; loaded strictly.
+        device: Where to run; a GPU if there is one by default.
+        deploy: Reparameterize the backbone after loading.
+
+    Raises:
+        CheckpointError: The checkpoint is not one or does not fit.
+        ValueError: The config is of another task family.
+    """
+
+    def __init__(self, cfg: Config, checkpoint: str, device: str | None = None, deploy: bool = False) -> None:
+        self.scope = cfg.get('default_scope', 'mmengine')
+        if self.scope not in ('mmseg', 'mmdet', 'mmpretrain'):
+            raise ValueError(f'default_scope={self.scope!r}: expected a config of mmseg, mmdet or mmpretrain.')
+        init_default_scope(self.scope)
+        device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+        model: nn.Module = MODELS.build(cfg.model)
+        load_checkpoint(model, checkpoint)
+        model = revert_sync_batchnorm(model).to(device).eval()
+        model.cfg = cfg
+        model.dataset_meta = self._dataset_meta(cfg, checkpoint)
+        self.model = switch_to_deploy(model) if deploy else model
+        self.visualizer = VISUALIZERS.build({**cfg.visualizer, 'name': f'predict-{id(self)}', 'vis_backends': None})
+        self.visualizer.dataset_meta = model.dataset_meta
+
+    @staticmethod
+    def _dataset_meta(cfg: Config, checkpoint: str) -> dict[str, Any]:
+        meta = read_checkpoint(checkpoint).get('meta') or {}
+        if 'dataset_meta' in meta:
+            return dict(meta['dataset_meta'])
+        dataset = DATASETS.get(cfg.test_dataloader.dataset.type)
+        return {**getattr(dataset, 'METAINFO', {}), **cfg.test_dataloader.dataset.get('metainfo', {})}
+
+    def __call__(self, image: str | Path) -> Any:
+        """Predict on one image file; returns the data sample of the task."""
+        if self.scope == 'mmseg':
+            from mmseg.apis import inference_model
+        elif self.scope == 'mmdet':
+            from mmdet.apis import inference_detector as inference_model
+        else:
+            from mmpretrain.apis import inference_model
+        return inference_model(self.model, str(image))
+
+    def draw(self, image: str | Path, sample: Any, out: str | Path) -> None:
+        """Write ``image`` with the prediction over it to ``out``."""
+        picture = mmcv.imread(str(image), channel_order='rgb')
+        self.visualizer.add_datasample('', picture, sample, draw_gt=False, show=False, out_file=str(out))

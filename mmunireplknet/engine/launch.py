@@ -1,0 +1,175 @@
+"""What tools/train.py and tools/test.py do to a config before it runs; every function changes ``cfg`` in place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import print_log
+from mmengine.registry import RUNNERS, init_default_scope
+from mmengine.runner import Runner
+
+from ..models.checkpoint import CheckpointError
+from ..models.reparam import switch_to_deploy
+from .atomic_checkpoint_hook import latest_checkpoint
+
+__all__ = ['build_runner', 'evaluate', 'load_config', 'prepare_training']
+
+
+def load_config(
+    file: str, options: Mapping[str, Any] | None = None, work_dir: str | None = None, launcher: str = 'none'
+) -> Config:
+    """Read a config and set what the command line gives.
+
+    Args:
+        file: Path of the config.
+        options: ``--cfg-options``.
+        work_dir: Wins over the config's; the default is work_dirs/<name of the config>.
+        launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
+
+    Raises:
+        FileNotFoundError: There is no such file; the message lists near matches.
+    """
+    path = Path(file)
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob('*.py') if path.stem[:8] in p.stem) if path.parent.is_dir() else []
+        hint = f' In {path.parent} there are: {", ".join(near[:12])}.' if near else ''
+        raise FileNotFoundError(f'There is no config {file}.{hint}')
+    cfg = Config.fromfile(path)
+    cfg.merge_from_dict(dict(options or {}))
+    cfg.launcher = launcher
+    cfg.work_dir = work_dir or cfg.get('work_dir') or str(Path('work_dirs', path.stem))
+    return cfg
+
+
+def prepare_training(
+    cfg: Config,
+    resume: str | None = None,
+    amp: bool = False,
+    auto_scale_lr: bool = False,
+    seed: int | None = None,
+    deterministic: bool = False,
+) -> None:
+    """Apply the options of tools/train.py.
+
+    Args:
+        cfg: Changed in place.
+        resume: None, 'auto' for the latest checkpoint of the work dir, or a checkpoint.
+        amp: Mixed precision: fp16 with loss scaling on a GPU, bf16 on the CPU.
+        auto_scale_lr: Scale the learning rate by the global batch size over the config's ``base_batch_size``.
+        seed: Seed of all random number generators.
+        deterministic: Deterministic algorithms; resuming then is bit-exact.
+
+    Raises:
+        ValueError: ``auto_scale_lr`` without a base batch size in the config, or AMP over another wrapper.
+    """
+    _use_safe_hooks(cfg)
+    if amp:
+        _use_amp(cfg)
+    if auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise ValueError('--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config.')
+        cfg.auto_scale_lr.enable = True
+    if seed is not None or deterministic:
+        cfg.randomness = ConfigDict({**cfg.get('randomness', {}), **({} if seed is None else dict(seed=seed))})
+        cfg.randomness.deterministic = deterministic or cfg.randomness.get('deterministic', False)
+    if resume:
+        file = latest_checkpoint(cfg.work_dir) if resume == 'auto' else resume
+        if file is None:
+            print_log(f'No checkpoint in {cfg.work_dir} to resume from: training starts.', logger='current')
+        cfg.resume, cfg.load_from = file is not None, file or cfg.get('load_from')
+
+
+def _use_safe_hooks(cfg: Config) -> None:
+    """Write checkpoints atomically and with the states of all random generators, whatever the config names."""
+    hooks = cfg.setdefault('default_hooks', ConfigDict())
+    checkpoint = hooks.setdefault('checkpoint', ConfigDict(type='CheckpointHook', interval=1))
+    if checkpoint and checkpoint.get('type') == 'CheckpointHook':
+        checkpoint.type = 'AtomicCheckpointHook'
+    custom = list(cfg.get('custom_hooks') or [])
+    if not any(hook.get('type') == 'RandomStateHook' for hook in custom):
+        cfg.custom_hooks = [*custom, ConfigDict(type='RandomStateHook')]
+
+
+def _use_amp(cfg: Config) -> None:
+    kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    if kind not in ('OptimWrapper', 'AmpOptimWrapper', 'CPUAmpOptimWrapper'):
+        raise ValueError(f'--amp replaces OptimWrapper, but the config has {kind}.')
+    if torch.cuda.is_available():
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    else:
+        cfg.optim_wrapper.type = 'CPUAmpOptimWrapper'
+        cfg.optim_wrapper.pop('loss_scale', None)
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the Runner, on GPUs or on CPU processes (gloo) alike."""
+    if cfg.launcher != 'none' and not torch.cuda.is_available():
+        _use_cpu_processes(cfg)
+    return Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+
+
+def _use_cpu_processes(cfg: Config) -> None:
+    """mmengine's launcher and its DDP wrapper assume CUDA devices; torch's SyncBN refuses CPU tensors."""
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('gloo')
+    os.environ.setdefault('LOCAL_RANK', '0')
+    wrapper = cfg.get('model_wrapper_cfg') or ConfigDict(type='MMDistributedDataParallel')
+    cfg.model_wrapper_cfg = ConfigDict({**wrapper, 'device_ids': None})
+    _replace_sync_bn(cfg.model)
+
+
+def _replace_sync_bn(node: Any) -> None:
+    if isinstance(node, Mapping):
+        if node.get('type') == 'SyncBN':
+            node['type'] = 'DeviceAgnosticSyncBN'  # type: ignore[index]
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for child in node:
+            _replace_sync_bn(child)
+
+
+def evaluate(cfg: Config, checkpoint: str, deploy: bool = False, tta: bool = False) -> dict[str, float]:
+    """Test a checkpoint, in its own form or reparameterized first.
+
+    Args:
+        cfg: Config with a test loop; changed in place.
+        checkpoint: File, https address or short name of a published file.
+        deploy: Call ``switch_to_deploy`` on the loaded model before the evaluation.
+        tta: Test-time augmentation by the config's ``tta_model`` and ``tta_pipeline``.
+
+    Returns:
+        The metrics.
+
+    Raises:
+        CheckpointError: The checkpoint is not one, or does not fit the config exactly.
+        ValueError: ``tta`` with a config that has none.
+    """
+    cfg.load_from, cfg.resume = None, False
+    # The state_dict of a checkpoint holds the averaged weights; EMAHook would swap parameters by position.
+    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook.get('type') != 'EMAHook']
+    if tta:
+        if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
+            raise ValueError('--tta needs tta_model and tta_pipeline in the config, which has not both.')
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    runner = build_runner(cfg)
+    try:
+        runner.load_checkpoint(checkpoint, strict=True)
+    except CheckpointError:
+        raise
+    except RuntimeError as error:
+        raise CheckpointError(f'{checkpoint} does not fit the config. {error}') from error
+    runner._has_loaded = True
+    if deploy:
+        runner.model.eval()
+        switch_to_deploy(runner.model)
+        print_log('The backbone was reparameterized before the evaluation.', logger='current')
+    return runner.test()
+

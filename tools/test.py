@@ -1,0 +1,62 @@
+"""Test a checkpoint.
+
+Example:
+    python tools/test.py configs/upernet_unireplknet_s_ade20k.py work_dirs/upernet_unireplknet_s_ade20k/iter_160000.pth
+    python tools/test.py configs/upernet_unireplknet_s_ade20k.py upernet_unireplknet_s_ade20k --deploy --tta
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+from mmengine.config import DictAction
+
+from mmunireplknet import CheckpointError
+from mmunireplknet.datasets.checks import missing_data_message
+from mmunireplknet.engine.launch import evaluate, load_config
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file, or the short name of a published one')
+    parser.add_argument('--deploy', action='store_true', help='reparameterize the backbone before the evaluation')
+    parser.add_argument('--tta', action='store_true', help='test-time augmentation (published: six scales and flip)')
+    parser.add_argument('--show-dir', help='write predictions drawn over the images into this folder')
+    parser.add_argument('--out', help='write all predictions into this .pkl file')
+    parser.add_argument('--metrics', help='write the metrics into this .json file')
+    parser.add_argument('--work-dir', help='where logs go (default: work_dirs/<config name>)')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override config entries: key=value ...')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help='set by the launcher')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
+    if message := missing_data_message(cfg.test_dataloader.dataset):
+        sys.exit(message)
+    if args.out and not args.out.endswith(('.pkl', '.pickle')):
+        sys.exit(f'--out {args.out}: predictions are written as .pkl')
+    if args.out:
+        evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
+        cfg.test_evaluator = [*evaluators, dict(type='DumpResults', out_file_path=args.out)]
+    if args.show_dir:
+        hook = cfg.default_hooks.setdefault('visualization', dict(type='SegVisualizationHook'))
+        hook.draw, cfg.visualizer.save_dir = True, args.show_dir
+    metrics = evaluate(cfg, args.checkpoint, args.deploy, args.tta)
+    if args.metrics:
+        with open(args.metrics, 'w') as file:
+            json.dump(metrics, file, indent=2)
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except (CheckpointError, FileNotFoundError) as error:
+        sys.exit(f'{type(error).__name__}: {error}')

@@ -1,0 +1,57 @@
+"""Train a model.
+
+Example:
+    python tools/train.py configs/upernet_unireplknet_s_ade20k.py
+    python tools/train.py configs/demo_upernet_unireplknet_a_digit-scenes.py --resume --seed 0 --deterministic
+    bash tools/dist_train.sh configs/upernet_unireplknet_s_ade20k.py 8 --amp
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from mmengine.config import DictAction
+
+from mmunireplknet import CheckpointError
+from mmunireplknet.datasets.checks import missing_data_message
+from mmunireplknet.engine.launch import build_runner, load_config, prepare_training
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--work-dir', help='where logs and checkpoints go (default: work_dirs/<config name>)')
+    parser.add_argument(
+        '--resume', nargs='?', const='auto', metavar='CHECKPOINT',
+        help='go on from CHECKPOINT, or from the latest of the work dir',
+    )  # fmt: skip
+    parser.add_argument('--amp', action='store_true', help='mixed precision: fp16 on a GPU, bf16 on the CPU')
+    parser.add_argument(
+        '--auto-scale-lr', action='store_true', help='scale the learning rate by batch size / base_batch_size'
+    )
+    parser.add_argument('--seed', type=int, help='seed of all random number generators')
+    parser.add_argument('--deterministic', action='store_true', help='deterministic algorithms, bit-exact resume')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override config entries: key=value ...')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help='set by the launcher')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
+    for loader in ('train_dataloader', 'val_dataloader'):
+        if cfg.get(loader) and (message := missing_data_message(cfg[loader].dataset)):
+            sys.exit(message)
+    prepare_training(cfg, args.resume, args.amp, args.auto_scale_lr, args.seed, args.deterministic)
+    build_runner(cfg).train()
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except (CheckpointError, FileNotFoundError) as error:
+        sys.exit(f'{type(error).__name__}: {error}')
