@@ -6,6 +6,7 @@ import argparse
 import pickle
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ def _allow_checkpoint_types() -> None:
             raise pickle.UnpicklingError(f'getattr of {name!r} is not allowed in a checkpoint')
         return getattr(cls, name)
 
-    core = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
+    core = import_module('numpy._core.multiarray' if hasattr(np, '_core') else 'numpy.core.multiarray')
 
     def reconstruct(*args: Any) -> Any:
         return core._reconstruct(*args)
@@ -102,14 +103,19 @@ def install_safe_loading() -> None:
     from mmengine.runner import checkpoint
     from mmengine.runner.checkpoint import CheckpointLoader
 
-    def load(filename: str, map_location: Any = None, **_: Any) -> Any:
-        from .models.checkpoint import read_checkpoint
+    def load_from_mmunireplknet(filename: str, map_location: Any = None, **_: Any) -> Any:
+        from .models.checkpoint_file import read_checkpoint
 
-        return read_checkpoint(filename, map_location)
+        data = read_checkpoint(filename, map_location)
+        if isinstance(data.get('meta'), dict):
+            data['meta'].pop('config', None)  # mmengine's resume executes this text, of mmcv 1's files, as Python
+        return data
 
+    load = load_from_mmunireplknet  # the part behind load_from_ is what mmengine's log line says
     _allow_checkpoint_types()
     CheckpointLoader.register_scheme(prefixes='', loader=load, force=True)
     CheckpointLoader.register_scheme(prefixes=('http://', 'https://'), loader=load, force=True)
+    checkpoint.load_from_http = load  # what torchvision:// and open-mmlab:// call
     if hasattr(checkpoint, '_safe_torch_load'):  # what the remaining schemes of the maintained mmengine call
 
         def strict_load(file: Any, map_location: Any = None, weights_only: Any = None) -> Any:

@@ -6,15 +6,8 @@ metainfo = dict(
     palette=[[0, 0, 0], [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200], [245, 130, 48]],
 )
 data_root = 'data/digit_scenes'
-train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations'),
-    dict(type='RandomResize', scale=(128, 128), ratio_range=(0.75, 1.5), keep_ratio=True),
-    dict(type='RandomCrop', crop_size=(128, 128), cat_max_ratio=0.95),
-    dict(type='PhotoMetricDistortion'),  # no flip: a mirrored digit is another sign
-    dict(type='PackSegInputs'),
-]
-test_pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')]
+# No augmentation: every scene is seen a handful of times only, and a flipped digit is another sign.
+pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')]
 _dataset = dict(type='BaseSegDataset', data_root=data_root, metainfo=metainfo, reduce_zero_label=False)
 train_dataloader = dict(
     batch_size=8,
@@ -23,7 +16,7 @@ train_dataloader = dict(
     dataset=dict(
         **_dataset,
         data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'),
-        pipeline=train_pipeline,
+        pipeline=pipeline,
     ),
 )
 val_dataloader = dict(
@@ -33,7 +26,7 @@ val_dataloader = dict(
     dataset=dict(
         **_dataset,
         data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation'),
-        pipeline=test_pipeline,
+        pipeline=pipeline,
     ),
 )
 test_dataloader = val_dataloader

@@ -142,14 +142,14 @@ CHECKPOINTS: Mapping[str, PublishedCheckpoint] = MappingProxyType(_zoo())
 """Published files by the short name that ``init_cfg`` and ``load_checkpoint`` accept."""
 
 
-def get_arch(arch: str | Mapping, kernel_sizes: Sequence | None = None) -> Arch:
+def get_arch(arch: str | Mapping, kernel_sizes: int | Sequence | None = None) -> Arch:
     """Resolve an ``arch`` argument.
 
     Args:
         arch: Name of a published variant in any case, or a dict with ``depths`` and ``dims`` and, unless
             ``kernel_sizes`` is given, ``kernel_sizes``.
-        kernel_sizes: Replaces the variant's. An int for all blocks, one entry a stage, or one entry a block;
-            an entry of a stage is an int or as many ints as the stage has blocks.
+        kernel_sizes: Replaces the variant's. An int for all blocks, or one entry a stage, each an int or as many
+            ints as the stage has blocks.
 
     Raises:
         ValueError: Unknown name, missing or unknown dict entries, or lengths that do not fit.
@@ -161,7 +161,8 @@ def get_arch(arch: str | Mapping, kernel_sizes: Sequence | None = None) -> Arch:
                 "or a dict(depths=(...), dims=(...), kernel_sizes=(...)) for one's own."
             )
         named = ARCHS[arch.lower()]
-        depths, dims, default = named.depths, named.dims, named.kernel_sizes
+        depths, dims = named.depths, named.dims
+        default: int | Sequence | None = named.kernel_sizes
     elif isinstance(arch, Mapping):
         unknown = set(arch) - {'depths', 'dims', 'kernel_sizes'}
         missing = {'depths', 'dims'} - set(arch)
@@ -184,14 +185,14 @@ def get_arch(arch: str | Mapping, kernel_sizes: Sequence | None = None) -> Arch:
 
 
 def _expand_kernel_sizes(sizes: int | Sequence, depths: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    if isinstance(sizes, int):
+    if not isinstance(sizes, (list, tuple)):
         sizes = (sizes,) * len(depths)
     expected = f'Expected an int, {len(depths)} entries (one a stage), each an int or one int a block of {depths}.'
     if len(sizes) != len(depths):
         raise ValueError(f'kernel_sizes={sizes!r} has {len(sizes)} entries. {expected}')
     stages = []
     for entry, depth in zip(sizes, depths, strict=True):
-        stage = (entry,) * depth if isinstance(entry, int) else tuple(entry)
+        stage = tuple(entry) if isinstance(entry, (list, tuple)) else (entry,) * depth
         if len(stage) != depth:
             raise ValueError(f'kernel_sizes={sizes!r}: {len(stage)} sizes for a stage of {depth} blocks. {expected}')
         for size in stage:

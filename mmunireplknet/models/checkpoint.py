@@ -1,4 +1,4 @@
-"""Published and own checkpoint files: find, read without executing anything, identify, refuse or load.
+"""State dicts: identify, refuse or load.
 
 State-dict forms: the *training* form holds BN and dilated branches, the *deploy* form one merged kernel a block.
 mmengine loads non-strictly, so that a file of the wrong form would leave most of a model at random values without
@@ -7,140 +7,26 @@ an error; ``check_state_dict`` therefore stands inside ``UniRepLKNet._load_from_
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
-from ..compat import safe_torch_load
-from .arch_zoo import CHECKPOINTS, PAGE, Arch, identify_arch
+from .arch_zoo import Arch, identify_arch
+from .checkpoint_file import CheckpointError, all_tensors, is_ema_copy, read_checkpoint, some
 
 if TYPE_CHECKING:
     from .unireplknet import UniRepLKNet
 
-__all__ = ['CheckpointError', 'find_checkpoint', 'load_checkpoint', 'read_checkpoint']
+__all__ = ['CheckpointError', 'adapt_stem', 'check_state_dict', 'identify', 'load_checkpoint', 'read_checkpoint']
 
 STEM = 'downsample_layers.0.0.weight'
-WRAPPERS = ('state_dict', 'model', 'model_ema', 'module')
 CONVERT = 'python tools/reparameterize.py CONFIG CHECKPOINT OUT'
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is not what it should be; the message says what was found, expected, and what to do."""
-
-
-# ------------------------------------------------------------------------------------------ find and read
-
-
-def find_checkpoint(name: str | Path) -> Path:
-    """Path of a checkpoint, downloaded if it is published and not there yet.
-
-    Args:
-        name: A path, an https address, or a short name of ``CHECKPOINTS``. Published files are looked for in
-            ``checkpoints/`` and in torch's hub folder.
-
-    Raises:
-        CheckpointError: It is not there and could not be downloaded.
-        FileNotFoundError: Neither a file nor a published name.
-    """
-    text = str(name)
-    if text.startswith('http://'):
-        raise CheckpointError(f'{text} is not encrypted: download checkpoints over https, or give a local file.')
-    if text.startswith('https://'):
-        return _download(text, text.rsplit('/', 1)[-1], '')
-    path = Path(text).expanduser()
-    if path.is_file():
-        return path
-    by_file = {entry.file: entry for entry in CHECKPOINTS.values()}
-    entry = CHECKPOINTS.get(text) or by_file.get(path.name)
-    if entry is None:
-        raise FileNotFoundError(
-            f'There is no checkpoint {text}: neither a file nor the short name of a published one, which are '
-            f'{", ".join(CHECKPOINTS)}.'
-        )
-    if (local := Path('checkpoints', entry.file)).is_file():
-        return local
-    return _download(entry.url, entry.file, entry.sha256)
-
-
-def _download(url: str, file: str, sha256: str) -> Path:
-    from mmengine.dist import barrier, is_main_process
-
-    path = Path(torch.hub.get_dir(), 'checkpoints', file)
-    if is_main_process() and not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        print_log(f'Downloading {url} to {path}', logger='current')
-        try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256 or None)
-        except (OSError, RuntimeError) as error:
-            page = PAGE if file in url and 'UniRepLKNet' in url else url
-            raise CheckpointError(
-                f'{file} is not here and could not be downloaded ({error}): get it from {page} and put it at '
-                f'checkpoints/{file} or {path}, or train without it by --cfg-options model.backbone.init_cfg=None'
-            ) from error
-    barrier()
-    return path
-
-
-def read_checkpoint(name: str | Path, map_location: Any = 'cpu') -> dict:
-    """Read a checkpoint file as tensors and plain data; nothing in it is ever executed.
-
-    Args:
-        name: As for ``find_checkpoint``.
-        map_location: As for ``torch.load``.
-
-    Returns:
-        The dict in the file, as it is.
-
-    Raises:
-        CheckpointError: The file is truncated, no checkpoint, or holds objects that only code could restore.
-    """
-    path = find_checkpoint(name)
-    try:
-        data = safe_torch_load(path, map_location)
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r'(?:GLOBAL|global|Unsupported class|class) [`\']?([\w.]+)', str(error))
-        what = f' ({wanted.group(1)})' if wanted else ''
-        raise CheckpointError(
-            f'{path} was refused and nothing in it was executed: it is no checkpoint, or it holds objects besides '
-            f'tensors and plain data{what}. Take a file from a source you trust, saved with tensors only.'
-        ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        size = path.stat().st_size if path.exists() else 0
-        raise CheckpointError(
-            f'{path} ({size:,} bytes) is truncated or not a checkpoint: {str(error).splitlines()[0]} '
-            'Download or save it again.'
-        ) from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f'{path} holds a {type(data).__name__}; expected a dict of tensors.')
-    return data
-
-
-def unwrap(data: Mapping, key: str | None = None) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint, without wrappers, ``module.`` prefix and mmdet 2 EMA copies.
-
-    Args:
-        data: A raw state dict, or a dict that holds it as 'state_dict', 'model', 'model_ema' or 'module'.
-        key: Take this entry, e.g. 'model_ema', instead of the first that is there.
-
-    Raises:
-        CheckpointError: There are no tensors, or ``key`` is not there.
-    """
-    if key is not None and key not in data:
-        raise CheckpointError(f'the checkpoint has no entry {key!r}, only {", ".join(map(str, data))}.')
-    found = key or next((k for k in WRAPPERS if isinstance(data.get(k), Mapping)), None)
-    state = data if found is None else data[found]
-    tensors = {k.removeprefix('module.'): v for k, v in state.items() if isinstance(v, Tensor)}
-    if not tensors:
-        raise CheckpointError(f'no tensors in the checkpoint; its entries are {", ".join(map(str, data)) or "none"}.')
-    # mmdet 2's EMA hook keeps copies named ema_backbone_stages_...; the plain keys hold the averages.
-    return {k: v for k, v in tensors.items() if not (k.startswith('ema_') and '.' not in k)}
 
 
 # ------------------------------------------------------------------------------------------ identify
@@ -249,7 +135,7 @@ def _way_out(form: str) -> str:
 
 
 def _first_norm(model: UniRepLKNet) -> nn.Module:
-    return model.stages[0][0].norm
+    return next(m for name, m in model.stages.named_modules() if name.endswith('.norm'))
 
 
 # ------------------------------------------------------------------------------------------ input channels
@@ -264,9 +150,9 @@ def _is_adaptable(model: UniRepLKNet, key: str, weight: Tensor) -> bool:
 def adapt_stem(model: UniRepLKNet, state: dict[str, Tensor], prefix: str = '') -> None:
     """Fit a stem trained on 3 channels to ``model.in_channels``, in place, with one log line.
 
-    Channel c of the new stem takes the weights of channel c % 3 times 3 / in_channels, so that an input that
-    repeats RGB gives the response of RGB; a single channel takes the sum over RGB (a grey image gives the same
-    response as its RGB copy).
+    A single channel takes the sum over RGB: a grey image gives the same response as its RGB copy. Of more
+    channels, channel c takes the weights of channel c % 3 times 3 / in_channels: an input that repeats RGB whole
+    gives the response of RGB, and any other a response of about the same scale.
     """
     weight = state.get(prefix + STEM)
     if weight is None or not _is_adaptable(model, STEM, weight):
@@ -284,7 +170,11 @@ def adapt_stem(model: UniRepLKNet, state: dict[str, Tensor], prefix: str = '') -
 
 
 def load_checkpoint(
-    model: nn.Module, file: str | Path, key: str | None = None, map_location: Any = 'cpu'
+    model: nn.Module,
+    file: str | Path,
+    key: str | None = None,
+    prefix: str | None = None,
+    map_location: Any = 'cpu',
 ) -> dict[str, list[str]]:
     """Load a published or own checkpoint strictly.
 
@@ -293,9 +183,12 @@ def load_checkpoint(
     ImageClassifier also a published classification file (``head`` becomes ``head.fc``).
 
     Args:
-        model: A UniRepLKNet, or a detector, segmentor or classifier with one.
+        model: A UniRepLKNet, or a detector, segmentor or classifier with one; DDP and the like around it are fine.
         file: Path, https address, or short name of a published file.
-        key: Entry of the file to take, e.g. 'model_ema'; by default the first of 'state_dict', 'model', ...
+        key: Entry of the file to take, e.g. 'model_ema'; by default the first of 'state_dict', 'model',
+            'model_ema' and 'module'.
+        prefix: What stands before the names of a backbone's weights in the file, e.g. 'backbone.'; found by itself
+            unless the file holds several.
         map_location: As for ``torch.load``.
 
     Returns:
@@ -306,21 +199,23 @@ def load_checkpoint(
     """
     from .unireplknet import UniRepLKNet
 
-    state = unwrap(read_checkpoint(file, map_location), key)
-    stem = next((k for k in state if k.endswith(STEM)), None)
-    if stem is None:
-        raise CheckpointError(f'{file} holds no UniRepLKNet: no entry ends with {STEM}. It has {_some(list(state))}.')
-    prefix = stem.removesuffix(STEM)
+    while is_model_wrapper(model):
+        model = cast(nn.Module, model.module)
+    data = read_checkpoint(file, map_location)
     try:
+        entries = all_tensors(data, key)
+        state = {k: v for k, v in entries.items() if not is_ema_copy(k)}
+        prefix = _find_prefix(state, prefix)
         if isinstance(model, UniRepLKNet):
             report = _load_backbone(model, state, prefix)
         else:
             report = _load_full(model, state if prefix else _as_classifier(state))
     except CheckpointError as error:
         raise CheckpointError(f'{file}: {error}') from error
+    report['unexpected'] += [k for k in entries if k not in state]
     for what, names in report.items():
         if names:
-            print_log(f'{file}: {len(names)} {what} entries, as it should be: {_some(names)}', logger='current')
+            print_log(f'{file}: {len(names)} {what} entries, as it should be: {some(names)}', logger='current')
     return report
 
 
@@ -335,7 +230,26 @@ def load_pretrained(model: UniRepLKNet, init_cfg: Mapping) -> None:
         raise ValueError(
             f'init_cfg={dict(init_cfg)}: expected type, checkpoint and optionally prefix, map_location, key.'
         )
-    load_checkpoint(model, init_cfg['checkpoint'], init_cfg.get('key'), init_cfg.get('map_location') or 'cpu')
+    load_checkpoint(
+        model,
+        init_cfg['checkpoint'],
+        key=init_cfg.get('key'),
+        prefix=init_cfg.get('prefix'),
+        map_location=init_cfg.get('map_location') or 'cpu',
+    )
+
+
+def _find_prefix(state: Mapping[str, Tensor], wanted: str | None) -> str:
+    prefixes = [k.removesuffix(STEM) for k in state if k.endswith(STEM)]
+    if not prefixes:
+        raise CheckpointError(f'there is no UniRepLKNet: no entry ends with {STEM}, it has {some(state)}.')
+    if wanted is None:
+        return prefixes[0]
+    if wanted and not wanted.endswith('.'):  # mmengine takes it with and without
+        wanted += '.'
+    if wanted not in prefixes:
+        raise CheckpointError(f'no UniRepLKNet stands under the prefix {wanted!r}, but under {some(prefixes)!r}.')
+    return wanted
 
 
 def _load_backbone(model: UniRepLKNet, state: dict[str, Tensor], prefix: str) -> dict[str, list[str]]:
@@ -343,29 +257,34 @@ def _load_backbone(model: UniRepLKNet, state: dict[str, Tensor], prefix: str) ->
     own = model.state_dict()
     allowed_missing = re.compile(r'norm[0-3]\.(weight|bias)' if 'norm.weight' in mine else r'(?!)')
     allowed_extra = re.compile(r'(norm|norm[0-3]|head)\.(weight|bias)')
-    dropped = [k for k in mine if k not in own and allowed_extra.fullmatch(k)]
-    outcome = model.load_state_dict({k: v for k, v in mine.items() if k not in dropped}, strict=False)
-    missing = [k for k in outcome.missing_keys if not k.endswith('num_batches_tracked')]
-    bad = [k for k in missing if not allowed_missing.fullmatch(k)] + outcome.unexpected_keys
-    if bad:
-        raise CheckpointError(f'{len(bad)} entries do not match the model: {_some(bad)}')
-    others = [k for k in state if not k.startswith(prefix)]
-    return dict(missing=missing, unexpected=dropped + others)
+    missing = [k for k in own if k not in mine and not k.endswith('num_batches_tracked')]
+    extra = [k for k in mine if k not in own]
+    check_state_dict(model, mine)
+    bad_missing = [k for k in missing if not allowed_missing.fullmatch(k)]
+    bad_extra = [k for k in extra if not allowed_extra.fullmatch(k)]
+    if bad_missing or bad_extra:
+        raise CheckpointError(f'missing in the file: {some(bad_missing)}; not in the model: {some(bad_extra)}.')
+    model.load_state_dict({k: v for k, v in mine.items() if k in own}, strict=False)
+    return dict(missing=missing, unexpected=extra + [k for k in state if not k.startswith(prefix)])
 
 
 def _load_full(model: nn.Module, state: dict[str, Tensor]) -> dict[str, list[str]]:
+    from .unireplknet import UniRepLKNet
+
+    for name, module in model.named_modules():
+        if isinstance(module, UniRepLKNet):
+            check_state_dict(module, state, f'{name}.')
     own = model.state_dict()
     missing = [k for k in own if k not in state and not k.endswith('num_batches_tracked')]
     extra = [k for k in state if k not in own]
     wrong = [k for k in own if k in state and own[k].shape != state[k].shape and not k.endswith(STEM)]
-    backbone_differs = any('.stages.' in k or '.downsample_layers.' in k for k in (*missing, *extra, *wrong))
-    if (missing or extra or wrong) and not backbone_differs:
+    if missing or extra or wrong:
         raise CheckpointError(
-            f'the file does not fit {type(model).__name__}: missing {_some(missing)}; unexpected {_some(extra)}; '
-            f'of another shape {_some(wrong)}. Heads must agree with the config (num_classes, channels); '
+            f'the file does not fit {type(model).__name__}: missing {some(missing)}; unexpected {some(extra)}; '
+            f'of another shape {some(wrong)}. Heads must agree with the config (num_classes, channels); '
             'to take only the backbone, call load_checkpoint(model.backbone, file).'
         )
-    model.load_state_dict(state)  # a backbone that differs is refused here, by check_state_dict
+    model.load_state_dict(state)
     return dict(missing=[], unexpected=[])
 
 
@@ -373,7 +292,3 @@ def _as_classifier(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
         k.replace('head.', 'head.fc.', 1) if k.startswith('head.') else f'backbone.{k}': v for k, v in state.items()
     }
-
-
-def _some(names: list[str]) -> str:
-    return ', '.join(names[:4]) + (f' and {len(names) - 4} more' if len(names) > 4 else '') if names else 'none'

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar, cast
 
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 from .layers import LayerNorm2d
 from .reparam import check_foldable, fold_scale, merge_kernels, norm_scale
 
-__all__ = ['PUBLISHED_BRANCHES', 'DilatedReparamBlock', 'build_norm', 'default_branches', 'depthwise_conv']
+__all__ = [
+    'PUBLISHED_BRANCHES', 'DilatedReparamBlock', 'build_norm', 'check_branch_sizes', 'check_branches',
+    'default_branches', 'depthwise_conv', 'with_weights',
+]  # fmt: skip
 
 PUBLISHED_BRANCHES: Mapping[int, tuple[tuple[int, int], ...]] = {
     7: ((5, 1), (3, 2), (3, 3)),
@@ -56,8 +60,25 @@ def check_branches(kernel_size: int, branches: Sequence[tuple[int, int]]) -> tup
     return checked
 
 
+def check_branch_sizes(branches: Iterable[int], kernel_sizes: Iterable[Iterable[int]]) -> None:
+    """Refuse branches for a kernel size that no block has; they would be left out without a word.
+
+    Raises:
+        ValueError: There is such a size, or it is no int.
+    """
+    sizes = sorted({size for stage in kernel_sizes for size in stage})
+    if unused := [size for size in branches if size not in sizes]:
+        raise ValueError(f'branches names the kernel sizes {unused}, but the blocks have {sizes} (ints).')
+
+
 def depthwise_conv(dim: int, kernel_size: int, dilation: int = 1, bias: bool = False) -> nn.Conv2d:
-    """Depthwise convolution of stride 1 that keeps the size of the map."""
+    """Depthwise convolution of stride 1 that keeps the size of the map.
+
+    Raises:
+        ValueError: An even kernel size, which cannot keep it.
+    """
+    if kernel_size % 2 == 0:
+        raise ValueError(f'kernel_size={kernel_size} must be odd: an even kernel cannot keep the size of the map.')
     padding = (kernel_size - 1) * dilation // 2
     return nn.Conv2d(dim, dim, kernel_size, padding=padding, dilation=dilation, groups=dim, bias=bias)
 
@@ -71,7 +92,9 @@ def build_norm(norm_cfg: Mapping, dim: int) -> nn.Module:
 
     cfg = dict(norm_cfg)
     if cfg.get('type') in ('LN', 'LN2d'):
-        return LayerNorm2d(dim, eps=cfg.get('eps', 1e-6))
+        del cfg['type']
+        trainable = cfg.pop('requires_grad', True)
+        return LayerNorm2d(dim, **cfg).requires_grad_(trainable)
     if cfg.get('type') == 'SyncBN':
         cfg['type'] = 'DeviceAgnosticSyncBN'
     return build_norm_layer(cfg, dim)[1]
@@ -101,8 +124,8 @@ class DilatedReparamBlock(BaseModule):
     ) -> None:
         super().__init__()
         self.deploy = deploy
-        self.branches = check_branches(kernel_size, default_branches(kernel_size) if branches is None else branches)
         self.lk_origin = depthwise_conv(dim, kernel_size, bias=deploy)
+        self.branches = check_branches(kernel_size, default_branches(kernel_size) if branches is None else branches)
         if deploy:
             return
         norm_cfg = norm_cfg or dict(type='BN')
@@ -132,8 +155,9 @@ class DilatedReparamBlock(BaseModule):
             TypeError: A norm that is not BN.
         """
         if self.deploy:
-            return self.lk_origin.weight.detach().double().cpu(), self.lk_origin.bias.detach().double().cpu()
-        check_foldable(self.origin_bn, self)
+            weight, bias = self.lk_origin.weight, cast(Tensor, self.lk_origin.bias)
+            return weight.detach().double().cpu(), bias.detach().double().cpu()
+        self.check_foldable()
         kernel, bias = fold_scale(self.lk_origin.weight, None, *norm_scale(self.origin_bn))
         folded = []
         for k, r in self.branches:
@@ -142,6 +166,11 @@ class DilatedReparamBlock(BaseModule):
             folded.append((weight, r))
             bias = bias + shift
         return merge_kernels(kernel, folded), bias
+
+    def check_foldable(self) -> None:
+        """Raise what ``merged`` raises, and change nothing."""
+        for norm in () if self.deploy else (self.origin_bn, *(self.branch(k, r)[1] for k, r in self.branches)):
+            check_foldable(norm, self)
 
     def switch_to_deploy(self) -> None:
         """Replace all branches by the one merged convolution, in place; a second call changes nothing."""
@@ -156,8 +185,11 @@ class DilatedReparamBlock(BaseModule):
         self.deploy = True
 
 
-def with_weights(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
-    """``layer`` (Conv2d or Linear) with a new weight and a bias, on its own device, in its own dtype."""
+Layer = TypeVar('Layer', nn.Conv2d, nn.Linear)
+
+
+def with_weights(layer: Layer, weight: Tensor, bias: Tensor) -> Layer:
+    """``layer`` with a new weight and a bias, on its own device, in its own dtype."""
     old = layer.weight
     with_grad = old.requires_grad
     new = weight.to(device=old.device, dtype=old.dtype)

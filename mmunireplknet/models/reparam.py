@@ -8,6 +8,7 @@ stores them casts once, at the end, so that the result is the nearest in the mod
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -26,25 +27,30 @@ def check_foldable(norm: nn.Module, owner: nn.Module) -> None:
 
     Raises:
         TypeError: ``norm`` is not a BatchNorm: GN and LN depend on the input at inference.
-        RuntimeError: ``owner`` is in training mode or the BN keeps no running statistics.
+        RuntimeError: ``owner`` or ``norm`` is in training mode, or the BN keeps no running statistics.
     """
     if not isinstance(norm, _BatchNorm):
         raise TypeError(
             f'{type(norm).__name__} cannot be folded into a convolution: its statistics depend on the input. '
             "Only BN can; train with norm_cfg=dict(type='BN') or 'SyncBN', or keep the training form."
         )
-    if owner.training:
+    if owner.training or norm.training:
         raise RuntimeError('The model is in training mode, where BN uses batch statistics. Call model.eval() first.')
     if norm.running_mean is None:
         raise RuntimeError('This BN keeps no running statistics (track_running_stats=False) and cannot be folded.')
 
 
-def norm_scale(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Scale and shift (C,), float64, such that ``norm(x) == scale * x + shift`` in evaluation."""
-    scale = torch.rsqrt(_float64(norm.running_var) + norm.eps)
+def norm_scale(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Scale and shift (C,), float64, such that ``norm(x) == scale * x + shift`` in evaluation.
+
+    Args:
+        norm: A norm that ``check_foldable`` lets pass.
+    """
+    norm = cast(_BatchNorm, norm)
+    scale = torch.rsqrt(_float64(cast(Tensor, norm.running_var)) + norm.eps)
     if norm.weight is not None:
         scale = scale * _float64(norm.weight)
-    shift = -_float64(norm.running_mean) * scale
+    shift = -_float64(cast(Tensor, norm.running_mean)) * scale
     if norm.bias is not None:
         shift = shift + _float64(norm.bias)
     return scale, shift
@@ -96,7 +102,8 @@ def switch_to_deploy(model: nn.Module) -> nn.Module:
     """Turn every UniRepLKNet inside ``model`` into its deploy form, in place.
 
     ``model`` is any module tree (detector, segmentor, classifier, backbone, block). Other layers are left
-    as they are. Calling it again changes nothing. ``switch_to_deploy(copy.deepcopy(model))`` keeps the original.
+    as they are. Calling it again changes nothing, and neither does a call that raises.
+    ``switch_to_deploy(copy.deepcopy(model))`` keeps the original.
 
     Returns:
         ``model`` itself.
@@ -113,6 +120,9 @@ def switch_to_deploy(model: nn.Module) -> nn.Module:
     blocks = [m for m in model.modules() if isinstance(m, UniRepLKNetBlock) and id(m) not in inside]
     if not backbones and not blocks:
         raise ValueError(f'{type(model).__name__} holds no UniRepLKNet, so there is nothing to reparameterize.')
-    for module in (*backbones, *blocks):
+    found: list[UniRepLKNet | UniRepLKNetBlock] = [*backbones, *blocks]
+    for module in found:
+        module.check_foldable()
+    for module in found:
         module.switch_to_deploy()
     return model

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmcv.cnn.bricks import DropPath
@@ -22,8 +22,15 @@ from torch.utils.checkpoint import checkpoint
 
 from .arch_zoo import get_arch
 from .checkpoint import adapt_stem, check_state_dict, load_pretrained
-from .dilated_reparam import DilatedReparamBlock, build_norm, default_branches, depthwise_conv, with_weights
-from .layers import GRN, LayerNorm2d, NCHWtoNHWC, NHWCtoNCHW, SEBlock
+from .dilated_reparam import (
+    DilatedReparamBlock,
+    build_norm,
+    check_branch_sizes,
+    default_branches,
+    depthwise_conv,
+    with_weights,
+)
+from .layers import GRN, FrozenRunningStatistics, LayerNorm2d, NCHWtoNHWC, NHWCtoNCHW, SEBlock
 from .reparam import check_foldable, fold_scale, norm_scale
 
 __all__ = ['UniRepLKNet', 'UniRepLKNetBlock']
@@ -33,29 +40,6 @@ TRUNC_NORMAL_INIT = (
     dict(type='Constant', layer=['LayerNorm', 'BatchNorm2d'], val=1.0, bias=0.0),
 )
 """The published initialisation of classifiers. Dense backbones keep torch's default, as published."""
-
-
-class _FrozenRunningStatistics:
-    """Context in which BN in training mode does not update its running statistics again.
-
-    A momentum of zero keeps them as they are and, unlike switching the tracking off, saves the same tensors
-    for backward as the first pass did, which non-reentrant checkpointing requires. It can be entered again.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __enter__(self) -> None:
-        norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm)]
-        norms = [m for m in norms if m.training and m.track_running_stats]
-        self.kept = [(m, m.momentum, m.num_batches_tracked.clone()) for m in norms]
-        for norm in norms:
-            norm.momentum = 0.0
-
-    def __exit__(self, *_: object) -> None:
-        for norm, momentum, count in self.kept:
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
 
 
 class UniRepLKNetBlock(BaseModule):
@@ -102,14 +86,15 @@ class UniRepLKNetBlock(BaseModule):
         if not deploy:
             pwconv2.append(build_norm(norm_cfg, dim))
         self.pwconv2 = nn.Sequential(*pwconv2)
-        scaled = bool(layer_scale_init_value) and not deploy
-        self.gamma = nn.Parameter(torch.full((dim,), layer_scale_init_value)) if scaled else None
+        self.gamma = None
+        if layer_scale_init_value and not deploy:
+            self.gamma = nn.Parameter(torch.full((dim,), float(layer_scale_init_value)))
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block to ``x`` (N, C, H, W)."""
         if self.with_cp and x.requires_grad and torch.is_grad_enabled():
-            contexts = (nullcontext(), _FrozenRunningStatistics(self))
+            contexts = (nullcontext(), FrozenRunningStatistics(self))
             return checkpoint(self._forward, x, use_reentrant=False, context_fn=lambda: contexts)
         return self._forward(x)
 
@@ -131,28 +116,37 @@ class UniRepLKNetBlock(BaseModule):
         """
         if self.deploy:
             return
-        check_foldable(self.norm, self)
-        check_foldable(self.pwconv2[2], self)
+        self.check_foldable()
         self._fold_depthwise()
         self._fold_linear()
         self.deploy = True
+
+    def check_foldable(self) -> None:
+        """Raise what ``switch_to_deploy`` would raise, and change nothing."""
+        if self.deploy:
+            return
+        for norm in (self.norm, self.pwconv2[2]):
+            check_foldable(norm, self)
+        if isinstance(self.dwconv, DilatedReparamBlock):
+            self.dwconv.check_foldable()
 
     def _fold_depthwise(self) -> None:
         scale, shift = norm_scale(self.norm)
         if isinstance(self.dwconv, DilatedReparamBlock):
             self.dwconv.store_merged(*fold_scale(*self.dwconv.merged(), scale, shift))
         else:
-            self.dwconv = with_weights(self.dwconv, *fold_scale(self.dwconv.weight, None, scale, shift))
+            conv = cast(nn.Conv2d, self.dwconv)
+            self.dwconv = with_weights(conv, *fold_scale(conv.weight, None, scale, shift))
         self.norm = nn.Identity()
 
     def _fold_linear(self) -> None:
-        grn, linear, norm = self.act[1], self.pwconv2[0], self.pwconv2[2]
-        scale, shift = norm_scale(norm)
+        grn, linear = cast(GRN, self.act[1]), cast(nn.Linear, self.pwconv2[0])
+        scale, shift = norm_scale(self.pwconv2[2])
         if self.gamma is not None:
             gamma = self.gamma.detach().to('cpu', torch.float64)
             scale, shift = scale * gamma, shift * gamma
         weight = linear.weight.detach().to('cpu', torch.float64)
-        bias = weight @ grn.beta.detach().to('cpu', torch.float64).flatten()
+        bias = weight @ cast(Tensor, grn.beta).detach().to('cpu', torch.float64).flatten()
         self.pwconv2 = nn.Sequential(with_weights(linear, *fold_scale(weight, bias, scale, shift)), NHWCtoNCHW())
         grn.beta = None
         self.gamma = None
@@ -217,6 +211,7 @@ class UniRepLKNet(BaseModule):
                 'which is impossible for other norms. Use BN or SyncBN, or deploy=False.'
             )
         self.arch = get_arch(arch, kernel_sizes)
+        check_branch_sizes(branches or {}, self.arch.kernel_sizes)
         self.in_channels = in_channels
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
@@ -302,28 +297,38 @@ class UniRepLKNet(BaseModule):
     def init_weights(self) -> None:
         """Initialise as ``init_cfg`` says; pretrained files load strictly and form-aware."""
         if isinstance(self.init_cfg, dict) and self.init_cfg.get('type') == 'Pretrained':
-            if not self._is_init:
+            if not self.is_init:  # type: ignore[has-type]
                 load_pretrained(self, self.init_cfg)
-                self._is_init = True
+                self.is_init = True
             return
         super().init_weights()
 
     def switch_to_deploy(self) -> None:
-        """Reparameterize the whole backbone in place; a second call changes nothing.
+        """Reparameterize the whole backbone in place; a second call, or one that raises, changes nothing.
 
         Raises:
             RuntimeError: The backbone is in training mode.
             TypeError: Its norm is not BN.
         """
-        if self.training:
-            raise RuntimeError('The backbone is in training mode. Call model.eval() before switch_to_deploy().')
-        for stage in self.stages:
-            for block in stage:
-                block.switch_to_deploy()
+        self.check_foldable()
+        for block in self._blocks():
+            block.switch_to_deploy()
         self.deploy = True
 
-    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """Depth of a parameter for layer-wise learning-rate decay, by the published rule for 12 layers.
+    def check_foldable(self) -> None:
+        """Raise what ``switch_to_deploy`` would raise, and change nothing."""
+        if self.deploy:
+            return
+        if self.training:
+            raise RuntimeError('The backbone is in training mode. Call model.eval() before switch_to_deploy().')
+        for block in self._blocks():
+            block.check_foldable()
+
+    def _blocks(self) -> list[UniRepLKNetBlock]:
+        return [m for m in self.stages.modules() if isinstance(m, UniRepLKNetBlock)]
+
+    def get_layer_depth(self, param_name: str, prefix: str = '', num_layers: int = 12) -> tuple[int, int]:
+        """Depth of a parameter for layer-wise learning-rate decay, by the published rule, here for 12 layers.
 
         Stem 0; stage 1: 1; second downsampling and stage 2: 2; third downsampling 3; block B of stage 3: 3 + B // 3;
         last downsampling and stage 4: 12; everything else 13 (learning-rate scale 1). As published, the 18 blocks of
@@ -332,11 +337,13 @@ class UniRepLKNet(BaseModule):
         Args:
             param_name: Full name of the parameter.
             prefix: What stands before the backbone's own names, e.g. 'backbone.'.
+            num_layers: Depth of the last stage.
 
         Returns:
-            The depth and the number of depths (14).
+            The depth and the number of depths, ``num_layers + 2``.
         """
-        return layer_depth(param_name.removeprefix(prefix) if param_name.startswith(prefix) else ''), 14
+        name = param_name.removeprefix(prefix) if param_name.startswith(prefix) else ''
+        return layer_depth(name, num_layers), num_layers + 2
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         check_state_dict(self, state_dict, prefix)
@@ -371,10 +378,11 @@ def _check_arguments(
 ) -> None:
     if in_channels < 1:
         raise ValueError(f'in_channels={in_channels} must be at least 1.')
-    if not out_indices or list(out_indices) != sorted(set(out_indices)) or not set(out_indices) <= {0, 1, 2, 3}:
-        raise ValueError(f'out_indices={tuple(out_indices)} must be ascending stages out of 0, 1, 2, 3.')
+    ascending = isinstance(out_indices, Sequence) and list(out_indices) == sorted(set(out_indices))
+    if not ascending or not out_indices or not set(out_indices) <= {0, 1, 2, 3}:
+        raise ValueError(f'out_indices={out_indices} must be ascending stages out of 0, 1, 2, 3, in a tuple.')
     if gap and len(out_indices) != 1:
-        raise ValueError(f'gap_before_final_norm returns one feature, but out_indices={tuple(out_indices)}.')
+        raise ValueError(f'gap_before_final_norm returns one feature, but out_indices={out_indices}: name one stage.')
     if not -1 <= frozen_stages <= 4:
         raise ValueError(f'frozen_stages={frozen_stages} must be from -1 (none) to 4 (all).')
     if not 0.0 <= drop_path_rate < 1.0:
