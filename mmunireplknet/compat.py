@@ -94,7 +94,10 @@ def safe_torch_load(file: Any, map_location: Any = None) -> Any:
 
 
 def install_safe_loading() -> None:
-    """Have mmengine read local and https checkpoints by ``read_checkpoint``, for load_from, resume and init_cfg.
+    """Have mmengine read checkpoints by ``read_checkpoint``, for load_from, resume and init_cfg of every model.
+
+    That is files, https addresses, and the names that mmengine turns into either (torchvision://, open-mmlab://).
+    Other objects than tensors and plain data are refused, and http:// too.
 
     onedl-mmengine 0.10.12 repeats a refused safe load with ``weights_only=False``, which executes whatever the
     file holds; mmengine 0.10.7 passes no ``weights_only``, which on torch below 2.6 does the same and on newer

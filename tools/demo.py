@@ -70,18 +70,22 @@ def main() -> None:
     parser.add_argument('--config', type=Path, default=DEFAULT)
     parser.add_argument('--work-dir', type=Path, help='default: work_dirs/<config name>')
     parser.add_argument('--images', type=int, default=2000, help='training images of Digit Scenes (default 2000)')
+    parser.add_argument('--difficulty', default='easy', help='of Digit Scenes (default: easy)')
     args = parser.parse_args()
     cfg = load_config(str(args.config), work_dir=args.work_dir and str(args.work_dir))
     work_dir = Path(cfg.work_dir)
-    call('dataset_preparation/digit_scenes.py', '--out', cfg.data_root, '--train', args.images, '--val', 200)
+    call('dataset_preparation/digit_scenes.py', '--out', cfg.data_root, '--train', args.images, '--val', 200,
+         '--difficulty', args.difficulty)  # fmt: skip
     start = time.monotonic()
     call('train.py', args.config, '--work-dir', work_dir, '--resume')
     minutes = (time.monotonic() - start) / 60
     checkpoint = latest_checkpoint(work_dir)
     deploys = has_unireplknet(cfg)
     miou = test(args.config, checkpoint, work_dir)
-    lines = [f'training            {minutes:.1f} min (0 where a finished run was found: delete {work_dir} to train anew)']
-    lines.append(f'mIoU                {miou:.2f} %')
+    lines = [
+        f'training            {minutes:.1f} min (a finished run is not repeated: delete {work_dir} to train anew)',
+        f'mIoU                {miou:.2f} %',
+    ]
     if deploys:
         merged = test(args.config, checkpoint, work_dir, '--deploy')
         lines.append(f'mIoU with --deploy  {merged:.2f} % (difference {abs(merged - miou):.4f})')

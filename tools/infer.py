@@ -2,7 +2,8 @@
 
 Example:
     python tools/infer.py configs/demo_upernet_unireplknet_a_digit-scenes.py \\
-        work_dirs/demo_upernet_unireplknet_a_digit-scenes/iter_1000.pth data/digit_scenes/images/validation --out-dir out
+        work_dirs/demo_upernet_unireplknet_a_digit-scenes/iter_1200.pth \\
+        data/digit_scenes/images/validation --out-dir out
 """
 
 from __future__ import annotations

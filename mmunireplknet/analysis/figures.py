@@ -66,7 +66,7 @@ def draw_results(
     columns = len(images)
     figure = Figure(figsize=(1.6 * columns, 8.2), layout='constrained')
     FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2))
+    top, bottom = np.asarray(figure.subfigures(2, 1, height_ratios=(3, 2)))
     rows = top.subplots(3, columns, squeeze=False)
     for column, (image, truth, prediction) in enumerate(zip(images, truths, predictions, strict=True)):
         for row, picture in enumerate((image, colourize(truth, palette), colourize(prediction, palette))):
@@ -76,7 +76,10 @@ def draw_results(
             axes.set_yticks([])
     for row, name in enumerate(('image', 'truth', 'prediction')):
         rows[row][0].set_ylabel(name, fontsize=11)
-    handles = [Patch(facecolor=np.array(c) / 255, edgecolor='grey', label=n) for n, c in zip(classes, palette, strict=True)]
+    handles = [
+        Patch(facecolor=(r / 255, g / 255, b / 255), edgecolor='grey', label=name)
+        for name, (r, g, b) in zip(classes, palette, strict=True)
+    ]
     top.legend(handles=handles, loc='outside lower center', ncols=min(len(handles), 11), frameon=False, fontsize=9)
     if title:
         top.suptitle(title, fontsize=12)

@@ -65,11 +65,11 @@ class Predictor:
         model: nn.Module = MODELS.build(cfg.model)
         load_checkpoint(model, checkpoint)
         model = revert_sync_batchnorm(model).to(device).eval()
-        model.cfg = cfg
-        model.dataset_meta = self._dataset_meta(cfg, checkpoint)
+        meta = self._dataset_meta(cfg, checkpoint)
+        vars(model).update(cfg=cfg, dataset_meta=meta)  # where the inference functions of mm* look
         self.model = switch_to_deploy(model) if deploy else model
         self.visualizer = VISUALIZERS.build({**cfg.visualizer, 'name': f'predict-{id(self)}', 'vis_backends': None})
-        self.visualizer.dataset_meta = model.dataset_meta
+        self.visualizer.dataset_meta = meta
 
     @staticmethod
     def _dataset_meta(cfg: Config, checkpoint: str) -> dict[str, Any]:

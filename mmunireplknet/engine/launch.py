@@ -36,7 +36,7 @@ def load_config(
     """
     path = Path(file)
     if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob('*.py') if path.stem[:8] in p.stem) if path.parent.is_dir() else []
+        near = sorted(p.name for p in path.parent.glob('*.py') if path.stem[:8] in p.stem)
         hint = f' In {path.parent} there are: {", ".join(near[:12])}.' if near else ''
         raise FileNotFoundError(f'There is no config {file}.{hint}')
     cfg = Config.fromfile(path)
@@ -172,4 +172,3 @@ def evaluate(cfg: Config, checkpoint: str, deploy: bool = False, tta: bool = Fal
         switch_to_deploy(runner.model)
         print_log('The backbone was reparameterized before the evaluation.', logger='current')
     return runner.test()
-

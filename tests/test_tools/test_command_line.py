@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from mmunireplknet.datasets.digit_scenes import generate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,7 +105,12 @@ def test_reparameterized_file(work_dir, data, tmp_path, capsys):
     assert 'model.backbone.deploy=True' in message
     assert run_tool('test.py', *args, *options(data, **{'model.backbone.deploy': True})) is None
     message = run_tool(
-        'test.py', CONFIG, work_dir / 'iter_2.pth', '--work-dir', tmp_path, *options(data, **{'model.backbone.deploy': True})
+        'test.py',
+        CONFIG,
+        work_dir / 'iter_2.pth',
+        '--work-dir',
+        tmp_path,
+        *options(data, **{'model.backbone.deploy': True}),
     )
     assert 'tools/reparameterize.py' in message
     assert 'nothing to convert' in run_tool(
