@@ -47,12 +47,14 @@ def main() -> None:
         evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
         cfg.test_evaluator = [*evaluators, dict(type='DumpResults', out_file_path=args.out)]
     if args.show_dir:
-        hook = cfg.default_hooks.setdefault('visualization', dict(type='SegVisualizationHook'))
-        hook.draw, cfg.visualizer.save_dir = True, args.show_dir
+        if 'visualization' not in cfg.default_hooks:
+            sys.exit('--show-dir needs default_hooks.visualization in the config, e.g. SegVisualizationHook.')
+        cfg.default_hooks.visualization.update(draw=True, interval=1)
+        cfg.visualizer.save_dir = args.show_dir
     metrics = evaluate(cfg, args.checkpoint, args.deploy, args.tta)
     if args.metrics:
         with open(args.metrics, 'w') as file:
-            json.dump(metrics, file, indent=2)
+            json.dump({name: float(value) for name, value in metrics.items()}, file, indent=2)
 
 
 if __name__ == '__main__':

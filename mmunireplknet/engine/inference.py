@@ -61,6 +61,8 @@ class Predictor:
         if self.scope not in ('mmseg', 'mmdet', 'mmpretrain'):
             raise ValueError(f'default_scope={self.scope!r}: expected a config of mmseg, mmdet or mmpretrain.')
         init_default_scope(self.scope)
+        if 'test_pipeline' not in cfg:  # where mmseg's inference_model looks
+            cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline
         device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
         model: nn.Module = MODELS.build(cfg.model)
         load_checkpoint(model, checkpoint)

@@ -145,7 +145,7 @@ def test_infer_draws(work_dir, data, tmp_path):
 @pytest.mark.slow
 def test_show_dir(work_dir, data, tmp_path):
     args = [CONFIG, work_dir / 'iter_2.pth', '--work-dir', tmp_path, '--show-dir', tmp_path / 'shown']
-    more = {'default_hooks.visualization.interval': 1}
+    more = {'visualizer.name': 'shown'}  # mmengine keeps visualizers by name for the life of the process
     assert run_tool('test.py', *args, *options(data, **more)) is None
     assert len(list((tmp_path / 'shown').rglob('*.png'))) == 4
 
