@@ -130,6 +130,25 @@ def test_development_install_links(source: Path, tmp_path: Path) -> None:
     assert (copy / 'tools' / 'make_env.py').is_file()
 
 
+CONFIG = '''
+custom_imports = dict(imports=['mmunireplknet'], allow_failed_imports=False)
+default_scope = 'mmseg'
+head = dict(type='FCNHead', in_channels=320, channels=8, num_classes=4, num_convs=1, norm_cfg=dict(type='BN'))
+model = dict(type='EncoderDecoder', backbone=dict(type='UniRepLKNet', arch='a'), decode_head=head,
+             train_cfg=dict(), test_cfg=dict(mode='whole'))
+'''
+USE = '''
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+cfg = Config.fromfile('config.py')
+init_default_scope(cfg.default_scope)
+model = MODELS.build(cfg.model).eval()
+with torch.no_grad():
+    print(tuple(model.encode_decode(torch.zeros(1, 3, 64, 96), [dict(img_shape=(64, 96))]).shape))
+'''
+
+
 @pytest.mark.slow
 def test_wheel_installs_and_imports_elsewhere(wheel: Path, tmp_path: Path) -> None:
     venv = tmp_path / 'venv'
@@ -149,6 +168,8 @@ def test_wheel_installs_and_imports_elsewhere(wheel: Path, tmp_path: Path) -> No
     assert Path(file).parent == site / 'mmunireplknet'
     assert found == version()
     assert (site / 'mmunireplknet' / '.mim' / 'configs' / 'probe.py').is_file()
+    (elsewhere / 'config.py').write_text(CONFIG)
+    assert call(python, '-c', USE, cwd=elsewhere).splitlines()[-1] == '(1, 4, 64, 96)'
 
 
 def test_setup_needs_neither_torch_nor_pkg_resources(source: Path) -> None:
