@@ -130,14 +130,14 @@ def test_development_install_links(source: Path, tmp_path: Path) -> None:
     assert (copy / 'tools' / 'make_env.py').is_file()
 
 
-CONFIG = '''
+CONFIG = """
 custom_imports = dict(imports=['mmunireplknet'], allow_failed_imports=False)
 default_scope = 'mmseg'
 head = dict(type='FCNHead', in_channels=320, channels=8, num_classes=4, num_convs=1, norm_cfg=dict(type='BN'))
 model = dict(type='EncoderDecoder', backbone=dict(type='UniRepLKNet', arch='a'), decode_head=head,
              train_cfg=dict(), test_cfg=dict(mode='whole'))
-'''
-USE = '''
+"""
+USE = """
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
@@ -146,7 +146,7 @@ init_default_scope(cfg.default_scope)
 model = MODELS.build(cfg.model).eval()
 with torch.no_grad():
     print(tuple(model.encode_decode(torch.zeros(1, 3, 64, 96), [dict(img_shape=(64, 96))]).shape))
-'''
+"""
 
 
 @pytest.mark.slow

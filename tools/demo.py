@@ -16,6 +16,7 @@ from pathlib import Path
 
 import mmcv
 import numpy as np
+from mmengine.config import Config
 
 from mmunireplknet.analysis.figures import draw_results, read_scalars
 from mmunireplknet.engine.atomic_checkpoint_hook import latest_checkpoint
@@ -35,7 +36,7 @@ def call(script: str, *args: object) -> None:
         sys.exit(f'{script} failed; its last lines above say why.')
 
 
-def has_unireplknet(cfg: object) -> bool:
+def has_unireplknet(cfg: Config) -> bool:
     return cfg.model.backbone.type.endswith('UniRepLKNet')
 
 
@@ -45,7 +46,7 @@ def test(config: Path, checkpoint: str, work_dir: Path, *options: str) -> float:
     return float(json.loads(metrics.read_text())['mIoU'])
 
 
-def draw(cfg: object, checkpoint: str, work_dir: Path, deploy: bool, title: str) -> Path:
+def draw(cfg: Config, checkpoint: str, work_dir: Path, deploy: bool, title: str) -> Path:
     predictor = Predictor(cfg, checkpoint, deploy=deploy)
     dataset = cfg.val_dataloader.dataset
     root = Path(dataset.data_root)
@@ -69,13 +70,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--config', type=Path, default=DEFAULT)
     parser.add_argument('--work-dir', type=Path, help='default: work_dirs/<config name>')
-    parser.add_argument('--images', type=int, default=2000, help='training images of Digit Scenes (default 2000)')
-    parser.add_argument('--difficulty', default='easy', help='of Digit Scenes (default: easy)')
+    parser.add_argument('--train', type=int, default=2000, help='training images (default: %(default)s)')
+    parser.add_argument('--val', type=int, default=200, help='validation images (default: %(default)s)')
     args = parser.parse_args()
     cfg = load_config(str(args.config), work_dir=args.work_dir and str(args.work_dir))
     work_dir = Path(cfg.work_dir)
-    call('dataset_preparation/digit_scenes.py', '--out', cfg.data_root, '--train', args.images, '--val', 200,
-         '--difficulty', args.difficulty)  # fmt: skip
+    call('dataset_preparation/digit_scenes.py', '--out', cfg.data_root, '--difficulty', cfg.difficulty,
+         '--train', args.train, '--val', args.val)  # fmt: skip
     start = time.monotonic()
     call('train.py', args.config, '--work-dir', work_dir, '--resume')
     minutes = (time.monotonic() - start) / 60

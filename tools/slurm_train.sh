@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train through Slurm.
-# Example: GPUS=8 bash tools/slurm_train.sh PARTITION JOB configs/upernet_unireplknet_s_ade20k.py 
+# Example: GPUS=8 bash tools/slurm_train.sh PARTITION JOB configs/upernet_unireplknet_s_ade20k.py
 set -euo pipefail
 PARTITION=${1:?partition} JOB_NAME=${2:?job name} CONFIG=${3:?config}
 GPUS=${GPUS:-8} GPUS_PER_NODE=${GPUS_PER_NODE:-8} CPUS_PER_TASK=${CPUS_PER_TASK:-5}

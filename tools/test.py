@@ -17,6 +17,7 @@ from mmengine.config import DictAction
 from mmunireplknet import CheckpointError
 from mmunireplknet.datasets.checks import missing_data_message
 from mmunireplknet.engine.launch import evaluate, load_config
+from mmunireplknet.models.checkpoint_file import find_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,7 +39,13 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
+    try:
+        cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
+        checkpoint = find_checkpoint(args.checkpoint)
+    except FileNotFoundError as error:
+        sys.exit(str(error))
+    if args.tta and not {'tta_model', 'tta_pipeline'} <= set(cfg):
+        sys.exit('--tta needs tta_model and tta_pipeline in the config, which has not both.')
     if message := missing_data_message(cfg.test_dataloader.dataset):
         sys.exit(message)
     if args.out and not args.out.endswith(('.pkl', '.pickle')):
@@ -51,7 +58,7 @@ def main() -> None:
             sys.exit('--show-dir needs default_hooks.visualization in the config, e.g. SegVisualizationHook.')
         cfg.default_hooks.visualization.update(draw=True, interval=1)
         cfg.visualizer.save_dir = args.show_dir
-    metrics = evaluate(cfg, args.checkpoint, args.deploy, args.tta)
+    metrics = evaluate(cfg, str(checkpoint), args.deploy, args.tta)
     if args.metrics:
         with open(args.metrics, 'w') as file:
             json.dump({name: float(value) for name, value in metrics.items()}, file, indent=2)
@@ -60,5 +67,5 @@ def main() -> None:
 if __name__ == '__main__':
     try:
         main()
-    except (CheckpointError, FileNotFoundError) as error:
-        sys.exit(f'{type(error).__name__}: {error}')
+    except CheckpointError as error:
+        sys.exit(f'CheckpointError: {error}')

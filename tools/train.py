@@ -42,16 +42,22 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
+    try:
+        cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
+    except FileNotFoundError as error:
+        sys.exit(str(error))
     for loader in ('train_dataloader', 'val_dataloader'):
         if cfg.get(loader) and (message := missing_data_message(cfg[loader].dataset)):
             sys.exit(message)
-    prepare_training(cfg, args.resume, args.amp, args.auto_scale_lr, args.seed, args.deterministic)
+    try:
+        prepare_training(cfg, args.resume, args.amp, args.auto_scale_lr, args.seed, args.deterministic)
+    except ValueError as error:
+        sys.exit(str(error))
     build_runner(cfg).train()
 
 
 if __name__ == '__main__':
     try:
         main()
-    except (CheckpointError, FileNotFoundError) as error:
-        sys.exit(f'{type(error).__name__}: {error}')
+    except CheckpointError as error:
+        sys.exit(f'CheckpointError: {error}')

@@ -1,5 +1,5 @@
-# Shared by all tasks. One small GPU: nothing to change here; several processes without NCCL (CPU, Windows) need
-# --cfg-options env_cfg.dist_cfg.backend=gloo
+# Shared by all tasks. One small GPU: nothing to change here. Several GPU processes without NCCL (Windows) need
+# --cfg-options env_cfg.dist_cfg.backend=gloo; on the CPU the tools choose gloo themselves.
 custom_imports = dict(imports=['mmunireplknet'], allow_failed_imports=False)
 custom_hooks = [dict(type='RandomStateHook')]
 env_cfg = dict(

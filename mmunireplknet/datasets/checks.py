@@ -67,7 +67,7 @@ def _remedy(root: str, kind: str, dataset: Mapping[str, Any]) -> str:
     if 'digit_scenes' in name:
         classes = (dataset.get('metainfo') or {}).get('classes') or ()
         digits = len([label for label in classes if label != 'background'])
-        option = '' if digits in (0, 5) else f' --num-classes {digits}'
+        option = {0: '', 5: '', 10: ' --difficulty hard'}.get(digits, f' --num-classes {digits}')
         return f'python tools/dataset_preparation/digit_scenes.py --out {root.rstrip("/")}{option} makes it'
     if 'adechallengedata2016' in name or kind.rpartition('.')[2] == 'ADE20KDataset':
         place = root.rstrip('/')

@@ -82,6 +82,8 @@ def prepare_training(
         if file is None:
             print_log(f'No checkpoint in {cfg.work_dir} to resume from: training starts.', logger='current')
         cfg.resume, cfg.load_from = file is not None, file or cfg.get('load_from')
+        if file is not None:  # its weights replace the pretrained ones, which need not be there any more
+            cfg.model.backbone.init_cfg = None
 
 
 def _use_safe_hooks(cfg: Config) -> None:

@@ -1,6 +1,6 @@
 """The nine published UniRepLKNet variants and the published weight files, as data.
 
-Sources: UniRepLKNet, https://arxiv.org/abs/2311.15599 (CVPR 2024), Table 4, and its extension
+Sources: UniRepLKNet, https://arxiv.org/abs/2311.15599 (CVPR 2024), and its extension
 https://arxiv.org/abs/2410.08049 (TPAMI 2025); code and weights under Apache-2.0 at
 https://github.com/AILab-CVC/UniRepLKNet and https://huggingface.co/DingXiaoH/UniRepLKNet.
 """

@@ -9,7 +9,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .layers import LayerNorm2d
-from .reparam import check_foldable, fold_scale, merge_kernels, norm_scale
+from .reparam import check_foldable, float64, fold_scale, merge_kernels, norm_scale
 
 __all__ = [
     'PUBLISHED_BRANCHES', 'DilatedReparamBlock', 'build_norm', 'check_branch_sizes', 'check_branches',
@@ -25,7 +25,7 @@ PUBLISHED_BRANCHES: Mapping[int, tuple[tuple[int, int], ...]] = {
     17: ((5, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
 }
 """Kernel size -> (size, dilation) of the parallel branches, as in the official code; the paper's
-section 3.1 gives 9 as an example. The authors call the code authoritative (their issue #4)."""
+figure shows 9 as an example. The authors call the code authoritative (their issue #4)."""
 
 
 def default_branches(kernel_size: int) -> tuple[tuple[int, int], ...]:
@@ -103,7 +103,7 @@ def build_norm(norm_cfg: Mapping, dim: int) -> nn.Module:
 class DilatedReparamBlock(BaseModule):
     """``y = BN(DW_K(x)) + sum_j BN_j(DW_{k_j, dilation r_j}(x))``, (N, C, H, W) -> (N, C, H, W).
 
-    UniRepLKNet, https://arxiv.org/abs/2311.15599, section 3.1, Eq. 2. In the deploy form one KxK convolution
+    The Dilated Reparam Block of UniRepLKNet, https://arxiv.org/abs/2311.15599. In the deploy form one KxK convolution
     with bias remains, under the same name ``lk_origin``.
 
     Args:
@@ -156,7 +156,7 @@ class DilatedReparamBlock(BaseModule):
         """
         if self.deploy:
             weight, bias = self.lk_origin.weight, cast(Tensor, self.lk_origin.bias)
-            return weight.detach().double().cpu(), bias.detach().double().cpu()
+            return float64(weight), float64(bias)
         self.check_foldable()
         kernel, bias = fold_scale(self.lk_origin.weight, None, *norm_scale(self.origin_bn))
         folded = []
@@ -189,7 +189,7 @@ Layer = TypeVar('Layer', nn.Conv2d, nn.Linear)
 
 
 def with_weights(layer: Layer, weight: Tensor, bias: Tensor) -> Layer:
-    """``layer`` with a new weight and a bias, on its own device, in its own dtype."""
+    """Give ``layer`` a new weight and bias in place, on its own device, in its own dtype, and return it."""
     old = layer.weight
     with_grad = old.requires_grad
     new = weight.to(device=old.device, dtype=old.dtype)

@@ -1,7 +1,7 @@
 """Folding of trained layers into fewer ones: pure functions, computed in float64 on the CPU.
 
-The equations are those of UniRepLKNet, https://arxiv.org/abs/2311.15599, section 3.1 and Figure 2, and of
-RepVGG, https://arxiv.org/abs/2101.03697, section 3.3. Every function returns float64 tensors; whoever
+The transformations are those of UniRepLKNet, https://arxiv.org/abs/2311.15599 (Dilated Reparam Block), and of
+RepVGG, https://arxiv.org/abs/2101.03697 (BN into convolution). Every function returns float64 tensors; whoever
 stores them casts once, at the end, so that the result is the nearest in the model's own precision.
 """
 
@@ -15,10 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ['check_foldable', 'dilate_kernel', 'fold_scale', 'merge_kernels', 'norm_scale', 'switch_to_deploy']
+__all__ = [
+    'check_foldable',
+    'dilate_kernel',
+    'float64',
+    'fold_scale',
+    'merge_kernels',
+    'norm_scale',
+    'switch_to_deploy',
+]
 
 
-def _float64(x: Tensor) -> Tensor:
+def float64(x: Tensor) -> Tensor:
+    """``x`` without gradient, in float64, on the CPU: some devices have none."""
     return x.detach().to('cpu', torch.float64)
 
 
@@ -47,12 +56,12 @@ def norm_scale(norm: nn.Module) -> tuple[Tensor, Tensor]:
         norm: A norm that ``check_foldable`` lets pass.
     """
     norm = cast(_BatchNorm, norm)
-    scale = torch.rsqrt(_float64(cast(Tensor, norm.running_var)) + norm.eps)
+    scale = torch.rsqrt(float64(cast(Tensor, norm.running_var)) + norm.eps)
     if norm.weight is not None:
-        scale = scale * _float64(norm.weight)
-    shift = -_float64(cast(Tensor, norm.running_mean)) * scale
+        scale = scale * float64(norm.weight)
+    shift = -float64(cast(Tensor, norm.running_mean)) * scale
     if norm.bias is not None:
-        shift = shift + _float64(norm.bias)
+        shift = shift + float64(norm.bias)
     return scale, shift
 
 
@@ -65,8 +74,8 @@ def fold_scale(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor
         scale: (C_out,).
         shift: (C_out,).
     """
-    folded = _float64(weight) * scale.view(-1, *[1] * (weight.dim() - 1))
-    return folded, shift if bias is None else _float64(bias) * scale + shift
+    folded = float64(weight) * scale.view(-1, *[1] * (weight.dim() - 1))
+    return folded, shift if bias is None else float64(bias) * scale + shift
 
 
 def dilate_kernel(kernel: Tensor, dilation: int) -> Tensor:

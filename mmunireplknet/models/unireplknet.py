@@ -31,7 +31,7 @@ from .dilated_reparam import (
     with_weights,
 )
 from .layers import GRN, FrozenRunningStatistics, LayerNorm2d, NCHWtoNHWC, NHWCtoNCHW, SEBlock
-from .reparam import check_foldable, fold_scale, norm_scale
+from .reparam import check_foldable, float64, fold_scale, norm_scale
 
 __all__ = ['UniRepLKNet', 'UniRepLKNetBlock']
 
@@ -46,7 +46,7 @@ class UniRepLKNetBlock(BaseModule):
     """One block, (N, C, H, W) -> (N, C, H, W): ``x + DropPath(gamma * branch(x))``.
 
     branch: depthwise convolution (a Dilated Reparam Block for large kernels) - BN - SE - linear C -> 4C - GELU -
-    GRN - linear 4C -> C - BN. Figure 3 of the paper; the layer scale ``gamma`` is in the official code only.
+    GRN - linear 4C -> C - BN. Figure 3 of https://arxiv.org/abs/2410.08049; the layer scale ``gamma`` is in the official code only.
 
     Args:
         dim: Channels C.
@@ -143,10 +143,9 @@ class UniRepLKNetBlock(BaseModule):
         grn, linear = cast(GRN, self.act[1]), cast(nn.Linear, self.pwconv2[0])
         scale, shift = norm_scale(self.pwconv2[2])
         if self.gamma is not None:
-            gamma = self.gamma.detach().to('cpu', torch.float64)
-            scale, shift = scale * gamma, shift * gamma
-        weight = linear.weight.detach().to('cpu', torch.float64)
-        bias = weight @ cast(Tensor, grn.beta).detach().to('cpu', torch.float64).flatten()
+            scale, shift = scale * float64(self.gamma), shift * float64(self.gamma)
+        weight = float64(linear.weight)
+        bias = weight @ float64(cast(Tensor, grn.beta)).flatten()
         self.pwconv2 = nn.Sequential(with_weights(linear, *fold_scale(weight, bias, scale, shift)), NHWCtoNCHW())
         grn.beta = None
         self.gamma = None

@@ -20,12 +20,12 @@ from mmunireplknet.datasets.digit_scenes import generate
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', default='data/digit_scenes', help='folder to make (default: %(default)s)')
-    parser.add_argument('--train', type=int, default=512, help='training images, 0 for none (default: %(default)s)')
-    parser.add_argument('--val', type=int, default=64, help='validation images, 0 for none (default: %(default)s)')
+    parser.add_argument('--train', type=int, default=2000, help='training images, 0 for none (default: %(default)s)')
+    parser.add_argument('--val', type=int, default=200, help='validation images, 0 for none (default: %(default)s)')
     parser.add_argument(
         '--size', type=int, nargs='+', default=[128], metavar='N', help='side, or height and width (default: 128)'
     )
-    parser.add_argument('--difficulty', choices=list(DIFFICULTIES), default='medium', help='(default: %(default)s)')
+    parser.add_argument('--difficulty', choices=list(DIFFICULTIES), default='easy', help='(default: %(default)s)')
     parser.add_argument('--num-classes', type=int, help='digits 0 to N - 1 instead of what the difficulty has')
     parser.add_argument('--digits', type=int, nargs=2, metavar=('LEAST', 'MOST'), help='digits an image, likewise')
     parser.add_argument('--seed', type=int, default=0, help='(default: %(default)s)')
