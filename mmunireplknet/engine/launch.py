@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ def load_config(
     """
     path = Path(file)
     if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob('*.py') if path.stem[:8] in p.stem)
-        hint = f' In {path.parent} there are: {", ".join(near[:12])}.' if near else ''
+        near = get_close_matches(path.name, [p.name for p in path.parent.glob('*.py')], n=5)
+        hint = f' The nearest in {path.parent}: {", ".join(near)}.' if near else ''
         raise FileNotFoundError(f'There is no config {file}.{hint}')
     cfg = Config.fromfile(path)
     cfg.merge_from_dict(dict(options or {}))

@@ -46,7 +46,8 @@ class UniRepLKNetBlock(BaseModule):
     """One block, (N, C, H, W) -> (N, C, H, W): ``x + DropPath(gamma * branch(x))``.
 
     branch: depthwise convolution (a Dilated Reparam Block for large kernels) - BN - SE - linear C -> 4C - GELU -
-    GRN - linear 4C -> C - BN. Figure 3 of https://arxiv.org/abs/2410.08049; the layer scale ``gamma`` is in the official code only.
+    GRN - linear 4C -> C - BN. Figure 3 of https://arxiv.org/abs/2410.08049; the layer scale ``gamma`` is in the
+    official code only.
 
     Args:
         dim: Channels C.

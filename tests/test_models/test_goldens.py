@@ -93,7 +93,9 @@ def test_training_step(arch, with_cp):
             block.with_cp = with_cp
     logits = head(trunk(input_of(arch))[0])
     assert relative_error(logits.detach(), torch.from_numpy(golden['train_logits'])) < 1e-4
-    (logits * image(tuple(logits.shape), 1)).mean().backward()
+    loss = (logits * image(tuple(logits.shape), 1)).mean()
+    assert float(loss.detach()) == pytest.approx(float(golden['train_loss']), rel=1e-3, abs=1e-6)
+    loss.backward()
     names = dict(trunk.named_parameters()) | {f'head.{n}': p for n, p in head.named_parameters()}
     actual = torch.tensor([float(names[n].grad.double().norm()) for n in map(str, golden['grad_names'])])
     expected = torch.from_numpy(golden['grad_norms']).double()
