@@ -189,6 +189,20 @@ def test_backbone(dtype, size, channels_last):
             assert relative_error(after, before) < BACKBONE[dtype]
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_backbone_in_half_precision(dtype):
+    """Folding costs no more than the precision itself: against float64, at most twice the unfolded error."""
+    exact = randomise(UniRepLKNet('a')).double().eval()
+    half = copy.deepcopy(exact).to(dtype)
+    exact.load_state_dict({k: v.double() for k, v in half.state_dict().items()})  # the same numbers
+    folded = switch_to_deploy(copy.deepcopy(half))
+    x = image((1, 3, 96, 64)).to(dtype)
+    with torch.no_grad():
+        maps = zip(exact(x.double()), half(x), folded(x), strict=True)
+    for reference, unfolded, ours in maps:
+        assert relative_error(ours, reference) <= 2 * relative_error(unfolded, reference)
+
+
 @pytest.mark.parametrize('options', [dict(layer_scale_init_value=None), dict(branches={13: [(3, 2)], 5: [(3, 1)]}),
                                      dict(norm_cfg=dict(type='SyncBN')), dict(drop_path_rate=0.5),
                                      dict(branches={7: []})], ids=str)  # fmt: skip

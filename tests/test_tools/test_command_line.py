@@ -225,6 +225,31 @@ def test_options_that_the_config_cannot_serve_are_one_sentence(data, tmp_path):
     assert 'There is no checkpoint' in run_tool('test.py', CONFIG, tmp_path / 'nothing.pth', *options(data))
 
 
+class Evil:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize('tool', ['test', 'infer', 'reparameterize', 'train', 'resume'])
+def test_no_tool_executes_a_checkpoint(tool, data, tmp_path):
+    evil, marker = tmp_path / 'evil.pth', tmp_path / 'executed'
+    torch.save(dict(state_dict={}, meta=Evil(marker)), evil)
+    calls = dict(
+        test=['test.py', CONFIG, evil, '--work-dir', tmp_path, *options(data)],
+        infer=['infer.py', CONFIG, evil, data / 'images', '--out-dir', tmp_path / 'out'],
+        reparameterize=['reparameterize.py', CONFIG, evil, tmp_path / 'out.pth'],
+        train=['train.py', CONFIG, '--work-dir', tmp_path, *options(data, load_from=evil)],
+        resume=['train.py', CONFIG, '--work-dir', tmp_path, '--resume', evil, *options(data)],
+    )
+    assert 'nothing in it was executed' in run_tool(*calls[tool])
+    assert not marker.exists()
+    torch.load(evil, weights_only=False)
+    assert marker.exists(), 'the file is harmless, so this test shows nothing'
+
+
 def test_missing_config_names_its_neighbours():
     message = run_tool('train.py', ROOT / 'configs' / 'upernet_unireplknet_z_ade20k.py')
     assert 'upernet_unireplknet_s_ade20k.py' in message
