@@ -1,5 +1,6 @@
 # UperNet with UniRepLKNet-B from ImageNet-22K on ADE20K, crop 640. Published mIoU: 53.5 single-scale, 53.9 multi-scale.
 # It starts from the weights fine-tuned on ImageNet-1K at 384, as published.
+# One small GPU: norm_cfg.type=BN for SyncBN, and --auto-scale-lr; see _base_/upernet_unireplknet.py, schedule_160k.py.
 _base_ = [
     './_base_/upernet_unireplknet.py',
     './_base_/ade20k_640.py',

@@ -1,5 +1,6 @@
 # UperNet with UniRepLKNet-F from ImageNet-1K on ADE20K, crop 512. Not published.
 # Our choice, not tuned: the recipe of variant T with the drop path of this variant's published ImageNet training.
+# One small GPU: norm_cfg.type=BN for SyncBN, and --auto-scale-lr; see _base_/upernet_unireplknet.py, schedule_160k.py.
 _base_ = [
     './_base_/upernet_unireplknet.py',
     './_base_/ade20k_512.py',

@@ -1,5 +1,6 @@
 # UperNet with UniRepLKNet-S from ImageNet-22K on ADE20K, crop 512. Published mIoU: 51.9 single-scale, 52.7 multi-scale.
 # It starts from the weights fine-tuned on ImageNet-1K at 384, as published.
+# One small GPU: norm_cfg.type=BN for SyncBN, and --auto-scale-lr; see _base_/upernet_unireplknet.py, schedule_160k.py.
 _base_ = [
     './_base_/upernet_unireplknet.py',
     './_base_/ade20k_512.py',

@@ -1,4 +1,5 @@
 # UperNet with UniRepLKNet-S from ImageNet-1K on ADE20K, crop 512. Published mIoU: 50.5 single-scale, 51.0 multi-scale.
+# One small GPU: norm_cfg.type=BN for SyncBN, and --auto-scale-lr; see _base_/upernet_unireplknet.py, schedule_160k.py.
 _base_ = [
     './_base_/upernet_unireplknet.py',
     './_base_/ade20k_512.py',

@@ -1,5 +1,6 @@
 # UperNet with UniRepLKNet-T from ImageNet-1K on ADE20K, crop 512. Published mIoU: 48.6 single-scale, 49.1 multi-scale.
 # The layer decay is off, as published; its authors saw almost no difference between 0.9 and 1.
+# One small GPU: norm_cfg.type=BN for SyncBN, and --auto-scale-lr; see _base_/upernet_unireplknet.py, schedule_160k.py.
 _base_ = [
     './_base_/upernet_unireplknet.py',
     './_base_/ade20k_512.py',

@@ -1,6 +1,7 @@
 # UperNet with UniRepLKNet-XL from ImageNet-22K on ADE20K, crop 640.
 # Published mIoU: 55.2 single-scale, 55.6 multi-scale. Its recipe is missing upstream: this follows that of variant L.
 # It starts from the weights fine-tuned on ImageNet-1K at 384, like the others.
+# One small GPU: norm_cfg.type=BN for SyncBN, and --auto-scale-lr; see _base_/upernet_unireplknet.py, schedule_160k.py.
 _base_ = [
     './_base_/upernet_unireplknet.py',
     './_base_/ade20k_640.py',
