@@ -16,7 +16,7 @@ from mmengine.config import DictAction
 
 from mmunireplknet import CheckpointError
 from mmunireplknet.datasets.checks import missing_data_message
-from mmunireplknet.engine.launch import evaluate, load_config
+from mmunireplknet.engine.launch import evaluate, leave_process_group, load_config
 from mmunireplknet.models.checkpoint_file import find_checkpoint
 
 
@@ -59,7 +59,8 @@ def main() -> None:
         cfg.default_hooks.visualization.update(draw=True, interval=1)
         cfg.visualizer.save_dir = args.show_dir
     metrics = evaluate(cfg, str(checkpoint), args.deploy, args.tta)
-    if args.metrics:
+    leave_process_group()
+    if args.metrics and os.environ.get('RANK', '0') == '0':
         with open(args.metrics, 'w') as file:
             json.dump({name: float(value) for name, value in metrics.items()}, file, indent=2)
 

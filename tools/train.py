@@ -16,7 +16,7 @@ from mmengine.config import DictAction
 
 from mmunireplknet import CheckpointError
 from mmunireplknet.datasets.checks import missing_data_message
-from mmunireplknet.engine.launch import build_runner, load_config, prepare_training
+from mmunireplknet.engine.launch import build_runner, leave_process_group, load_config, prepare_training
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,6 +54,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(str(error))
     build_runner(cfg).train()
+    leave_process_group()
 
 
 if __name__ == '__main__':

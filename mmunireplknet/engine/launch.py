@@ -18,7 +18,7 @@ from ..models.checkpoint import CheckpointError
 from ..models.reparam import switch_to_deploy
 from .atomic_checkpoint_hook import latest_checkpoint
 
-__all__ = ['build_runner', 'evaluate', 'load_config', 'prepare_training']
+__all__ = ['build_runner', 'evaluate', 'leave_process_group', 'load_config', 'prepare_training']
 
 
 def load_config(
@@ -125,6 +125,13 @@ def _use_cpu_processes(cfg: Config) -> None:
     wrapper = cfg.get('model_wrapper_cfg') or ConfigDict(type='MMDistributedDataParallel')
     cfg.model_wrapper_cfg = ConfigDict({**wrapper, 'device_ids': None})
     _replace_sync_bn(cfg.model)
+
+
+def leave_process_group() -> None:
+    """Let the processes end together: one that outlives the others aborts when their connections close."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _replace_sync_bn(node: Any) -> None:

@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 
 import mmunireplknet.engine.random_state_hook  # noqa: F401
 from mmunireplknet.engine.atomic_checkpoint_hook import latest_checkpoint
+from mmunireplknet.engine.launch import leave_process_group
 
 NUM_ITERS = 10
 NUM_SAMPLES, BATCH_SIZE = 10, 4  # an epoch of 3 batches; the infinite sampler crosses its end within a batch
@@ -239,3 +240,4 @@ if __name__ == '__main__':
         dist.init_process_group('gloo')
     torch.set_num_threads(1)
     build_runner(parse_args()).train()
+    leave_process_group()

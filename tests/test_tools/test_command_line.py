@@ -1,5 +1,6 @@
 """The tools as a user calls them: train, resume, test in both forms, infer, reparameterize, and their errors."""
 
+import itertools
 import json
 import pickle
 import re
@@ -16,6 +17,7 @@ from mmunireplknet.datasets.digit_scenes import generate
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / 'tools'
+RUNS = itertools.count()
 CONFIG = ROOT / 'configs' / 'demo_upernet_unireplknet_a_digit-scenes.py'
 
 
@@ -44,6 +46,7 @@ def options(data, iterations=2, **more):
         'train_dataloader.batch_size': 2,
         'default_hooks.checkpoint.interval': 1,
         'default_hooks.logger.interval': 1,
+        'visualizer.name': f'visualizer{next(RUNS)}',  # mmengine keeps them by name for the life of a process
         **{f'{split}_dataloader.dataset.data_root': data for split in ('train', 'val', 'test')},
         **more,
     }
@@ -152,8 +155,7 @@ def test_infer_draws(work_dir, data, tmp_path):
 @pytest.mark.slow
 def test_show_dir(work_dir, data, tmp_path):
     args = [CONFIG, work_dir / 'iter_2.pth', '--work-dir', tmp_path, '--show-dir', tmp_path / 'shown']
-    more = {'visualizer.name': 'shown'}  # mmengine keeps visualizers by name for the life of the process
-    assert run_tool('test.py', *args, *options(data, **more)) is None
+    assert run_tool('test.py', *args, *options(data)) is None
     assert len(list((tmp_path / 'shown').rglob('*.png'))) == 4
 
 
