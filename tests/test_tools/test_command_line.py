@@ -44,6 +44,7 @@ def options(data, iterations=2, **more):
         'train_cfg.max_iters': iterations,
         'train_cfg.val_interval': 2,
         'train_dataloader.batch_size': 2,
+        'model.data_preprocessor.size': '(64,64)',  # mmseg 1.2.2's class weights fail on padded labels
         'default_hooks.checkpoint.interval': 1,
         'default_hooks.logger.interval': 1,
         'visualizer.name': f'visualizer{next(RUNS)}',  # mmengine keeps them by name for the life of a process
