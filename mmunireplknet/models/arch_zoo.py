@@ -62,7 +62,8 @@ class PublishedCheckpoint:
         file: Name of the file at its host.
         arch: Key of ``ARCHS``.
         task: ``'classification'``, ``'segmentation'`` or ``'detection'``.
-        figure: Published result with its metric, for orientation (not measured by this project).
+        figure: Published result with its metric, as in the file's name, for orientation (not measured by this
+            project). The authors' tables round it, and say 54.5 for UperNet-L whose file says 54.70.
         sha256: First digits of the file's SHA-256 where they are known, else empty.
     """
 
