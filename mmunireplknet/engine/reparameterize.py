@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import save_checkpoint
 
 from ..models.checkpoint import CheckpointError, load_checkpoint, read_checkpoint
 from ..models.reparam import switch_to_deploy
 from ..models.unireplknet import UniRepLKNet
+from .atomic_checkpoint_hook import BACKEND_NAME
 
 __all__ = ['reparameterize_checkpoint']
 
@@ -46,12 +48,9 @@ def reparameterize_checkpoint(cfg: Config, checkpoint: str, out: str | Path) -> 
     error = _difference(before, backbone)
     if not error <= TOLERANCE:
         raise CheckpointError(f'both forms differ by {error:.1e}, more than {TOLERANCE}: {out} was not written.')
-    meta = {**(read_checkpoint(checkpoint).get('meta') or {}), 'unireplknet_form': 'deploy'}
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f'{out.name}.{os.getpid()}.tmp')
-    torch.save(dict(meta=meta, state_dict=model.state_dict()), partial)
-    os.replace(partial, out)
+    meta = read_checkpoint(checkpoint).get('meta') or {}
+    contents = dict(meta=meta, state_dict=model.state_dict())
+    save_checkpoint(contents, os.fspath(out), backend_args=dict(backend=BACKEND_NAME))
     return error
 
 
