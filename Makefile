@@ -41,5 +41,5 @@ lint: env ## check style, formatting and types
 	$(RUN) -m mypy
 
 clean: ## remove what builds and test runs leave behind; keeps the environments
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis mmunireplknet/ops/*.so mmunireplknet/ops/*.partial
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,19 +1,32 @@
-"""Packaging of mmunireplknet: pure Python, with configs, tools and model index inside (OpenMMLab's ``.mim`` folder)."""
+"""Packaging of mmunireplknet: configs, tools and model index inside (OpenMMLab's ``.mim`` folder), compiled kernels.
+
+The kernels are optional. The environment variable ``MMUNI_WITH_OPS`` says whether they are compiled: ``auto`` where
+it can be done (the default; otherwise the package is pure Python), ``1`` or the build fails, ``0`` not at all.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import runpy
 import shutil
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
 from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
+from setuptools.errors import CompileError, OptionError
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools below 70.1
+    from wheel.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
 MIM = Path('mmunireplknet', '.mim')
 MIM_CONTENT = ('configs', 'tools', 'model-index.yml')
+OPS = Path('mmunireplknet', 'ops')
 
 
 def read(name: str) -> str:
@@ -64,16 +77,73 @@ def link_mim(target: Path) -> None:
         copy_mim(target)
 
 
-class BuildPyWithMim(build_py):
-    """Builds the Python files and puts ``.mim`` beside them."""
+def with_ops() -> str:
+    """What ``MMUNI_WITH_OPS`` asks for: 'auto', '0' or '1'."""
+    wish = os.environ.get('MMUNI_WITH_OPS') or 'auto'
+    if wish not in ('auto', '0', '1'):
+        raise OptionError(f'MMUNI_WITH_OPS={wish} is unknown: it must be 0, 1 or auto.')
+    return wish
+
+
+class DistributionWithOps(Distribution):
+    """Knows whether the compiled kernels are in it."""
+
+    holds_library = False
+
+    def has_ext_modules(self) -> bool:
+        """Whether the files belong where a platform's own files go."""
+        return self.holds_library
+
+
+class BuildPyWithMimAndOps(build_py):
+    """Builds the Python files and puts ``.mim`` and, as ``MMUNI_WITH_OPS`` says, the compiled kernels beside them."""
 
     def run(self) -> None:
         """Run after setuptools' own step, which makes the folder of the package."""
+        wish = with_ops()
+        root = ROOT if self.editable_mode else Path(self.build_lib)
+        if not self.editable_mode:  # what an earlier build left there: its library, sources that are gone
+            shutil.rmtree(root / OPS, ignore_errors=True)
         super().run()
         if self.editable_mode:
-            link_mim(ROOT / MIM)
+            link_mim(root / MIM)
         else:
-            copy_mim(Path(self.build_lib, MIM))
+            copy_mim(root / MIM)
+        if wish != '0':
+            self.compile_ops(root / OPS, required=wish == '1')
+
+    def compile_ops(self, folder: Path, required: bool) -> None:
+        """Compile the kernels in ``folder``, whose own files give the library the name it is looked for by."""
+        # By its path: importing the package needs mmengine. runpy leaves no __pycache__ that a wheel would pick up.
+        ops = runpy.run_path(str(folder / 'build.py'))
+        if self.editable_mode and (folder / ops['library_name']()).exists():
+            return
+        try:
+            library = ops['build'](folder)
+        except (RuntimeError, OSError) as error:
+            if required:
+                raise CompileError(f'MMUNI_WITH_OPS=1: {error}') from error
+            reason = str(error).splitlines()[0]
+            later = 'MMUNI_WITH_OPS=1 makes it an error, python -m mmunireplknet.ops.build tries again'
+            self.announce(f'mmunireplknet is built as pure Python: {reason} ({later})', level=logging.WARNING)
+            return
+        self.distribution.holds_library = not self.editable_mode
+        self.announce(f'compiled {library}', level=logging.INFO)
+
+
+class BdistWheelWithOps(bdist_wheel):
+    """Tags a wheel that holds the compiled kernels with the platform, but neither with Python nor with its ABI."""
+
+    def run(self) -> None:
+        """Build first: only then is it known what the wheel holds."""
+        self.run_command('build')
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Python, ABI and platform of the wheel; the kernels use torch's stable ABI and nothing of Python's."""
+        tag = super().get_tag()
+        return tag if self.root_is_pure else ('py3', 'none', tag[2])
 
 
 class SdistWithMim(sdist):
@@ -119,6 +189,7 @@ setup(
         'demo': at_least('requirements/demo.txt'),
         'dev': at_least('requirements/dev.txt'),
     },
-    cmdclass={'build_py': BuildPyWithMim, 'sdist': SdistWithMim},
+    distclass=DistributionWithOps,
+    cmdclass={'build_py': BuildPyWithMimAndOps, 'bdist_wheel': BdistWheelWithOps, 'sdist': SdistWithMim},
     zip_safe=False,
 )

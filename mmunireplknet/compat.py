@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 _SCHEMAS: torch.library.Library | None = None  # keeps the declared schemas alive
 
@@ -125,3 +126,16 @@ def install_safe_loading() -> None:
             return safe_torch_load(file, map_location)
 
         checkpoint._safe_torch_load = strict_load
+
+
+def needs_standard_operators() -> bool:
+    """Whether only operators of torch itself will do: in tracing, export, and under torch.func and forward-mode AD.
+
+    The last two look through an operator with registered autograd and silently find no derivative (torch 2.13).
+    """
+    if torch.jit.is_tracing():
+        return True
+    if torch.compiler.is_compiling():  # torch below 2.7 has no is_exporting
+        return bool(getattr(torch.compiler, 'is_exporting', lambda: False)())
+    transforming = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return transforming or torch.onnx.is_in_onnx_export()

@@ -25,26 +25,31 @@ def version() -> str:
     return re.search(r"__version__ = '(.+)'", (ROOT / 'mmunireplknet/__init__.py').read_text())[1]
 
 
-def call(*command: object, cwd: Path, **env: str) -> str:
-    """Run a command that must succeed; its output."""
+def attempt(*command: object, cwd: Path, **env: str) -> subprocess.CompletedProcess:
+    """Run a command, which compiles no kernels unless ``env`` says so; stdout has all of its output."""
     kept = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'MAKEFLAGS', 'MAKELEVEL')}
-    done = subprocess.run(
+    return subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env={**kept, **env},
+        env={**kept, 'MMUNI_WITH_OPS': '0', **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def call(*command: object, cwd: Path, **env: str) -> str:
+    """Run a command that must succeed; its output."""
+    done = attempt(*command, cwd=cwd, **env)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
 
-def hook(name: str, source: Path, out: Path) -> Path:
+def hook(name: str, source: Path, out: Path, **env: str) -> Path:
     """Call setuptools' PEP 517 hook ``name``, as pip does; the file it made in ``out``."""
     out.mkdir()
     code = f'import sys; from setuptools import build_meta; build_meta.{name}(sys.argv[1])'
-    call(sys.executable, '-c', code, out, cwd=source)
+    call(sys.executable, '-c', code, out, cwd=source, **env)
     (made,) = out.iterdir()
     return made
 
@@ -84,7 +89,7 @@ def test_wheel_holds_package_configs_and_tools(wheel: Path) -> None:
     assert 'model-index.yml' in mim
     assert 'mmunireplknet/models/csrc/probe.cu' in names
     package = {name for name in names if name.startswith('mmunireplknet/') and '/.mim/' not in name}
-    here = files_of(ROOT / 'mmunireplknet', '.py', '.cpp', '.cu', '.cuh', '.h')
+    here = files_of(ROOT / 'mmunireplknet', '.py', '.cpp', '.cu', '.cuh', '.h', '.inc')
     assert {name for name in here if '/.mim/' not in name} <= package
     assert not [name for name in names if name.endswith(('.pyc', '.so')) or name.startswith(('tests/', 'configs/'))]
 
@@ -360,9 +365,8 @@ def test_environment_that_a_killed_pip_left_is_made_anew(
 ) -> None:
     python = str(tmp_path / 'bin' / 'python')
     for code, marked in ((0, False), (1, False), (-9, True)):
-        monkeypatch.setattr(
-            make_env.subprocess, 'run', lambda command, code=code: subprocess.CompletedProcess(command, code)
-        )
+        done = subprocess.CompletedProcess([], code)
+        monkeypatch.setattr(make_env.subprocess, 'run', lambda command, env, done=done: done)
         assert make_env.install(python, 'x', check=False) == (code == 0)
         assert (tmp_path / 'installing').exists() == marked
     make_env.make_venv(tmp_path, None)

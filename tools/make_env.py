@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shutil
 import ssl
 import subprocess
@@ -72,11 +73,8 @@ def missing_system_packages() -> list[str]:
     if not Path(sysconfig.get_paths()['include'], 'Python.h').exists():
         missing.append(f'{python}-dev')
     # opencv-python, which mmcv depends on, links both.
-    if sys.platform == 'linux' and not loads('libGL.so.1'):
-        missing.append('libgl1')
-    if sys.platform == 'linux' and not loads('libgthread-2.0.so.0'):
-        missing.append('libglib2.0-0')
-    return missing
+    libraries = {'libgl1': 'libGL.so.1', 'libglib2.0-0': 'libgthread-2.0.so.0'} if sys.platform == 'linux' else {}
+    return missing + [package for package, library in libraries.items() if not loads(library)]
 
 
 def check_python(stack: str) -> None:
@@ -115,7 +113,8 @@ def install(python: str, *arguments: str, quiet: bool = True, check: bool = True
     # pip takes a package whose copying was cut short for installed: the mark outlives only a killed pip.
     mark = Path(python).parents[1] / 'installing'
     mark.touch()
-    code = subprocess.run(command).returncode
+    # This package's own kernels are left to build_ops.
+    code = subprocess.run(command, env={**os.environ, 'MMUNI_WITH_OPS': '0'}).returncode
     if code >= 0:
         mark.unlink()
     if code and check:
@@ -269,9 +268,8 @@ def _build_wheel(python: str, source: Path, wheels: Path, env: dict[str, str]) -
     # The rename makes the cache entry appear whole or not at all.
     partial = wheels / f'{wheel.name}.partial'
     shutil.copyfile(wheel, partial)
-    partial.rename(wheels / wheel.name)
     say(f'mmcv built in {time.monotonic() - start:.0f} s')
-    return wheels / wheel.name
+    return partial.rename(wheels / wheel.name)
 
 
 def install_mmcv(python: str, stack: str) -> None:
@@ -310,10 +308,8 @@ def install_mmcv(python: str, stack: str) -> None:
 def stamp_of(stack: str) -> str:
     """Hash of everything that decides what is in the environment, but for the torch that was asked for."""
     files = [ROOT / name for name in (*REQUIREMENTS[stack][:2], *COMMON, 'setup.py', 'tools/make_env.py')]
-    digest = hashlib.sha256(f'{ROOT} {sys.version}'.encode())
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+    content = b''.join(file.read_bytes() for file in files)
+    return hashlib.sha256(f'{ROOT} {sys.version}'.encode() + content).hexdigest()
 
 
 def is_up_to_date(venv: Path, wanted: str, torch: str | None) -> bool:
@@ -355,17 +351,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--stack', choices=list(REQUIREMENTS), default='default')
     parser.add_argument('--torch', help='torch version, 2.4 or newer; prebuilt mmcv wheels exist for older ones')
-    parser.add_argument(
-        '--system-packages', action='store_true', help='only print the Debian packages that are missing'
-    )
+    parser.add_argument('--system-packages', action='store_true', help='only print the missing Debian packages')
     args = parser.parse_args()
     if args.system_packages:
         print(' '.join(missing_system_packages()))
         return
     # Two of them at once (make lint beside make test) would install over each other.
-    lock = os.open(ROOT, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    fcntl.flock(os.open(ROOT, os.O_RDONLY), fcntl.LOCK_EX)
     make_env(args.stack, args.torch or None)
+    build_ops(str(ROOT / REQUIREMENTS[args.stack][2] / 'bin' / 'python'))
 
 
 def make_env(stack: str, torch: str | None) -> None:
@@ -390,6 +384,15 @@ def make_env(stack: str, torch: str | None) -> None:
     version = torch_version(python).split('+')[0]
     (venv / 'mmunireplknet.json').write_text(json.dumps({'wanted': wanted, 'torch': version}))
     say(f'done: {venv.name} holds everything; make test and make demo use it')
+
+
+def build_ops(python: str) -> None:
+    """Compile the package's kernels unless the library that fits their sources is there; nothing requires them."""
+    script = str(ROOT / 'mmunireplknet' / 'ops' / 'build.py')
+    if os.environ.get('MMUNI_WITH_OPS') != '0' and runpy.run_path(script)['library_file']() is None:
+        say('compiling the kernels in mmunireplknet/ops/csrc')
+        if subprocess.run([python, script]).returncode:
+            say('mmunireplknet goes without its compiled kernels, for the reason above')
 
 
 if __name__ == '__main__':

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar, cast
 
+import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from .. import compat
+from ..ops import DepthwiseConv2d, depthwise_conv2d, dilated_reparam_conv, merge_branches
 from .layers import LayerNorm2d
-from .reparam import check_foldable, float64, fold_scale, merge_kernels, norm_scale
+from .norms import beta_of, gamma_of, is_hooked, is_plain_bn, process_group_of, update_running_statistics
+from .reparam import check_foldable, float64, norm_scale
 
 __all__ = [
     'PUBLISHED_BRANCHES', 'DilatedReparamBlock', 'build_norm', 'check_branch_sizes', 'check_branches',
@@ -71,7 +76,7 @@ def check_branch_sizes(branches: Iterable[int], kernel_sizes: Iterable[Iterable[
         raise ValueError(f'branches names the kernel sizes {unused}, but the blocks have {sizes} (ints).')
 
 
-def depthwise_conv(dim: int, kernel_size: int, dilation: int = 1, bias: bool = False) -> nn.Conv2d:
+def depthwise_conv(dim: int, kernel_size: int, dilation: int = 1, bias: bool = False) -> DepthwiseConv2d:
     """Depthwise convolution of stride 1 that keeps the size of the map.
 
     Raises:
@@ -80,7 +85,7 @@ def depthwise_conv(dim: int, kernel_size: int, dilation: int = 1, bias: bool = F
     if kernel_size % 2 == 0:
         raise ValueError(f'kernel_size={kernel_size} must be odd: an even kernel cannot keep the size of the map.')
     padding = (kernel_size - 1) * dilation // 2
-    return nn.Conv2d(dim, dim, kernel_size, padding=padding, dilation=dilation, groups=dim, bias=bias)
+    return DepthwiseConv2d(dim, dim, kernel_size, padding=padding, dilation=dilation, groups=dim, bias=bias)
 
 
 def build_norm(norm_cfg: Mapping, dim: int) -> nn.Module:
@@ -106,12 +111,18 @@ class DilatedReparamBlock(BaseModule):
     The Dilated Reparam Block of UniRepLKNet, https://arxiv.org/abs/2311.15599. In the deploy form one KxK convolution
     with bias remains, under the same name ``lk_origin``.
 
+    It is computed as one operation wherever its norms are BN: by ``dilated_reparam_conv`` with the statistics of the
+    batch, and as one convolution with the merged kernel with the running ones. Without gradients that kernel is kept
+    until a weight changes or ``train()`` or ``eval()`` is called; a change behind autograd's back (through ``.data``)
+    counts from that call on. Hooks on the layers inside, other norms, tracing and export get the layers one by one.
+
     Args:
         dim: Channels C.
         kernel_size: Size K of the large kernel, odd.
         branches: (size, dilation) of the parallel branches; None takes ``default_branches``.
         norm_cfg: Norm after every convolution.
         deploy: Build the deploy form.
+        fused: False computes every layer by itself, as published.
     """
 
     def __init__(
@@ -121,10 +132,13 @@ class DilatedReparamBlock(BaseModule):
         branches: Sequence[tuple[int, int]] | None = None,
         norm_cfg: Mapping | None = None,
         deploy: bool = False,
+        fused: bool = True,
     ) -> None:
         super().__init__()
         self.deploy = deploy
-        self.lk_origin = depthwise_conv(dim, kernel_size, bias=deploy)
+        self.fused = fused
+        self._kept: tuple[tuple, Tensor, Tensor] | None = None
+        self.lk_origin: nn.Conv2d = depthwise_conv(dim, kernel_size, bias=deploy)
         self.branches = check_branches(kernel_size, default_branches(kernel_size) if branches is None else branches)
         if deploy:
             return
@@ -138,14 +152,57 @@ class DilatedReparamBlock(BaseModule):
         """Convolution and norm of the branch of size ``k`` and dilation ``r``."""
         return getattr(self, f'dil_conv_k{k}_{r}'), getattr(self, f'dil_bn_k{k}_{r}')
 
+    def layers(self) -> list[tuple[nn.Conv2d, nn.Module]]:
+        """Convolution and norm of every branch, the large kernel first."""
+        return [(self.lk_origin, self.origin_bn), *(self.branch(k, r) for k, r in self.branches)]
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply all branches to ``x`` (N, C, H, W)."""
         if self.deploy:
             return self.lk_origin(x)
-        y = self.origin_bn(self.lk_origin(x))
-        for conv, norm in (self.branch(k, r) for k, r in self.branches):
-            y = y + norm(conv(x))
+        layers = self.layers()
+        how = self._statistics(layers) if self.fused and not compat.needs_standard_operators() else ''
+        if how == 'batch':
+            return self._forward_batch(x, layers)
+        if how == 'running':
+            return self._forward_merged(x, layers)
+        return sum(norm(conv(x)) for conv, norm in layers)  # type: ignore[return-value]
+
+    def train(self, mode: bool = True) -> DilatedReparamBlock:
+        """Set the mode, and forget the kernel merged before."""
+        self._kept = None
+        return super().train(mode)
+
+    @staticmethod
+    def _statistics(layers: list[tuple[nn.Conv2d, nn.Module]]) -> str:
+        """'batch' or 'running', whichever all norms use; '' where the layers cannot be computed together."""
+        if any(is_hooked(conv) or is_hooked(norm) or not is_plain_bn(norm) for conv, norm in layers):
+            return ''
+        uses_batch = {norm.training or cast(_BatchNorm, norm).running_mean is None for _, norm in layers}
+        return '' if len(uses_batch) > 1 else 'batch' if uses_batch.pop() else 'running'
+
+    def _forward_batch(self, x: Tensor, layers: list[tuple[nn.Conv2d, nn.Module]]) -> Tensor:
+        convs, norms = [conv for conv, _ in layers], [cast(_BatchNorm, norm) for _, norm in layers]
+        y, mean, var, count = dilated_reparam_conv(
+            x,
+            [conv.weight for conv in convs],
+            [conv.dilation[0] for conv in convs],
+            [gamma_of(norm) for norm in norms],
+            [beta_of(norm) for norm in norms],
+            [norm.eps for norm in norms],
+            process_group_of(norms[0]),
+        )
+        update_running_statistics(norms, mean.unbind(), var.unbind(), count)
         return y
+
+    def _forward_merged(self, x: Tensor, layers: list[tuple[nn.Conv2d, nn.Module]]) -> Tensor:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return depthwise_conv2d(x, *_merge(layers))
+        tensors = [t for conv, norm in layers for t in (conv.weight, *norm.parameters(), *norm.buffers())]
+        key = tuple((t.data_ptr(), t._version) for t in tensors if not t.is_inference())
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, *_merge(layers))
+        return depthwise_conv2d(x, *self._kept[1:])
 
     def merged(self) -> tuple[Tensor, Tensor]:
         """Kernel (C, 1, K, K) and bias (C,), float64 on the CPU, of the one equivalent convolution.
@@ -158,18 +215,14 @@ class DilatedReparamBlock(BaseModule):
             weight, bias = self.lk_origin.weight, cast(Tensor, self.lk_origin.bias)
             return float64(weight), float64(bias)
         self.check_foldable()
-        kernel, bias = fold_scale(self.lk_origin.weight, None, *norm_scale(self.origin_bn))
-        folded = []
-        for k, r in self.branches:
-            conv, norm = self.branch(k, r)
-            weight, shift = fold_scale(conv.weight, None, *norm_scale(norm))
-            folded.append((weight, r))
-            bias = bias + shift
-        return merge_kernels(kernel, folded), bias
+        layers = self.layers()
+        scales, shifts = zip(*(norm_scale(norm) for _, norm in layers), strict=True)
+        weights = [float64(conv.weight) for conv, _ in layers]
+        return merge_branches(weights, [conv.dilation[0] for conv, _ in layers], scales), sum(shifts)
 
     def check_foldable(self) -> None:
         """Raise what ``merged`` raises, and change nothing."""
-        for norm in () if self.deploy else (self.origin_bn, *(self.branch(k, r)[1] for k, r in self.branches)):
+        for _, norm in () if self.deploy else self.layers():
             check_foldable(norm, self)
 
     def switch_to_deploy(self) -> None:
@@ -183,6 +236,17 @@ class DilatedReparamBlock(BaseModule):
         for name in [n for n, _ in self.named_children() if n != 'lk_origin']:
             delattr(self, name)
         self.deploy = True
+
+
+def _merge(layers: list[tuple[nn.Conv2d, nn.Module]]) -> tuple[Tensor, Tensor]:
+    """Kernel (C, 1, K, K) and bias (C,) of the one convolution that all branches are with their running statistics."""
+    norms = [cast(_BatchNorm, norm) for _, norm in layers]
+    scales = [gamma_of(norm) * torch.rsqrt(cast(Tensor, norm.running_var) + norm.eps) for norm in norms]
+    shifts = [
+        beta_of(norm) - cast(Tensor, norm.running_mean) * scale for norm, scale in zip(norms, scales, strict=True)
+    ]
+    weights = [conv.weight for conv, _ in layers]
+    return merge_branches(weights, [conv.dilation[0] for conv, _ in layers], scales), torch.stack(shifts).sum(0)
 
 
 Layer = TypeVar('Layer', nn.Conv2d, nn.Linear)

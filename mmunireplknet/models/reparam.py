@@ -7,20 +7,16 @@ stores them casts once, at the end, so that the result is the nearest in the mod
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = [
     'check_foldable',
-    'dilate_kernel',
     'float64',
     'fold_scale',
-    'merge_kernels',
     'norm_scale',
     'switch_to_deploy',
 ]
@@ -76,35 +72,6 @@ def fold_scale(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor
     """
     folded = float64(weight) * scale.view(-1, *[1] * (weight.dim() - 1))
     return folded, shift if bias is None else float64(bias) * scale + shift
-
-
-def dilate_kernel(kernel: Tensor, dilation: int) -> Tensor:
-    """The dense kernel of a dilated one: (C, 1, k, k) -> (C, 1, e, e), e = (k - 1) * dilation + 1.
-
-    ``conv(x, kernel, dilation) == conv(x, dilate_kernel(kernel, dilation))``; the new entries are zero.
-    """
-    if dilation == 1:
-        return kernel
-    size = (kernel.shape[-1] - 1) * dilation + 1
-    dense = kernel.new_zeros(*kernel.shape[:-2], size, size)
-    dense[..., ::dilation, ::dilation] = kernel
-    return dense
-
-
-def merge_kernels(large: Tensor, branches: Iterable[tuple[Tensor, int]]) -> Tensor:
-    """Sum of a (C, 1, K, K) kernel and dilated (C, 1, k, k) ones, centred: (C, 1, K, K).
-
-    Raises:
-        ValueError: A branch covers more than K.
-    """
-    merged = large.clone()
-    for kernel, dilation in branches:
-        dense = dilate_kernel(kernel, dilation)
-        margin = (large.shape[-1] - dense.shape[-1]) // 2
-        if margin < 0:
-            raise ValueError(f'a branch of size {dense.shape[-1]} does not fit into a {large.shape[-1]} kernel.')
-        merged += F.pad(dense, [margin] * 4)
-    return merged
 
 
 def switch_to_deploy(model: nn.Module) -> nn.Module:

@@ -9,29 +9,21 @@ implementation with the same state-dict keys and shapes, so the published weight
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
-from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
+from .. import compat
+from ..ops import backends
 from .arch_zoo import get_arch
+from .block import UniRepLKNetBlock
 from .checkpoint import adapt_stem, check_state_dict, load_pretrained
-from .dilated_reparam import (
-    DilatedReparamBlock,
-    build_norm,
-    check_branch_sizes,
-    default_branches,
-    depthwise_conv,
-    with_weights,
-)
-from .layers import GRN, FrozenRunningStatistics, LayerNorm2d, NCHWtoNHWC, NHWCtoNCHW, SEBlock
-from .reparam import check_foldable, float64, fold_scale, norm_scale
+from .dilated_reparam import check_branch_sizes
+from .layers import LayerNorm2d
 
 __all__ = ['UniRepLKNet', 'UniRepLKNetBlock']
 
@@ -40,116 +32,6 @@ TRUNC_NORMAL_INIT = (
     dict(type='Constant', layer=['LayerNorm', 'BatchNorm2d'], val=1.0, bias=0.0),
 )
 """The published initialisation of classifiers. Dense backbones keep torch's default, as published."""
-
-
-class UniRepLKNetBlock(BaseModule):
-    """One block, (N, C, H, W) -> (N, C, H, W): ``x + DropPath(gamma * branch(x))``.
-
-    branch: depthwise convolution (a Dilated Reparam Block for large kernels) - BN - SE - linear C -> 4C - GELU -
-    GRN - linear 4C -> C - BN. Figure 3 of https://arxiv.org/abs/2410.08049; the layer scale ``gamma`` is in the
-    official code only.
-
-    Args:
-        dim: Channels C.
-        kernel_size: Size of the depthwise kernel, odd.
-        drop_path_rate: Probability of dropping the branch of a sample.
-        layer_scale_init_value: Initial ``gamma``; None or 0 for no layer scale.
-        branches: Dilated branches; None takes the published ones, 3 and 5 then have none and are plain.
-        norm_cfg: Norm after the depthwise convolution, in its branches, and at the end.
-        with_cp: Recompute the block in the backward pass instead of storing its activations.
-        deploy: Build the deploy form.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        kernel_size: int,
-        drop_path_rate: float = 0.0,
-        layer_scale_init_value: float | None = 1e-6,
-        branches: Sequence[tuple[int, int]] | None = None,
-        norm_cfg: Mapping | None = None,
-        with_cp: bool = False,
-        deploy: bool = False,
-    ) -> None:
-        super().__init__()
-        norm_cfg = norm_cfg or dict(type='BN')
-        self.with_cp = with_cp
-        self.deploy = deploy
-        if branches is not None or default_branches(kernel_size):
-            self.dwconv: nn.Module = DilatedReparamBlock(dim, kernel_size, branches, norm_cfg, deploy)
-        else:
-            self.dwconv = depthwise_conv(dim, kernel_size, bias=deploy)
-        self.norm = nn.Identity() if deploy else build_norm(norm_cfg, dim)
-        self.se = SEBlock(dim)
-        self.pwconv1 = nn.Sequential(NCHWtoNHWC(), nn.Linear(dim, 4 * dim))
-        self.act = nn.Sequential(nn.GELU(), GRN(4 * dim, use_bias=not deploy))
-        pwconv2: list[nn.Module] = [nn.Linear(4 * dim, dim, bias=deploy), NHWCtoNCHW()]
-        if not deploy:
-            pwconv2.append(build_norm(norm_cfg, dim))
-        self.pwconv2 = nn.Sequential(*pwconv2)
-        self.gamma = None
-        if layer_scale_init_value and not deploy:
-            self.gamma = nn.Parameter(torch.full((dim,), float(layer_scale_init_value)))
-        self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the block to ``x`` (N, C, H, W)."""
-        if self.with_cp and x.requires_grad and torch.is_grad_enabled():
-            contexts = (nullcontext(), FrozenRunningStatistics(self))
-            return checkpoint(self._forward, x, use_reentrant=False, context_fn=lambda: contexts)
-        return self._forward(x)
-
-    def _forward(self, x: Tensor) -> Tensor:
-        y = self.se(self.norm(self.dwconv(x)))
-        y = self.pwconv2(self.act(self.pwconv1(y)))
-        if self.gamma is not None:
-            y = y * self.gamma.view(1, -1, 1, 1)
-        return x + self.drop_path(y)
-
-    def switch_to_deploy(self) -> None:
-        """Fold BN, GRN bias and layer scale into the convolution and the last linear layer, in place.
-
-        A second call changes nothing. Device, dtype and ``requires_grad`` are kept.
-
-        Raises:
-            RuntimeError: The block is in training mode.
-            TypeError: The norm is not BN.
-        """
-        if self.deploy:
-            return
-        self.check_foldable()
-        self._fold_depthwise()
-        self._fold_linear()
-        self.deploy = True
-
-    def check_foldable(self) -> None:
-        """Raise what ``switch_to_deploy`` would raise, and change nothing."""
-        if self.deploy:
-            return
-        for norm in (self.norm, self.pwconv2[2]):
-            check_foldable(norm, self)
-        if isinstance(self.dwconv, DilatedReparamBlock):
-            self.dwconv.check_foldable()
-
-    def _fold_depthwise(self) -> None:
-        scale, shift = norm_scale(self.norm)
-        if isinstance(self.dwconv, DilatedReparamBlock):
-            self.dwconv.store_merged(*fold_scale(*self.dwconv.merged(), scale, shift))
-        else:
-            conv = cast(nn.Conv2d, self.dwconv)
-            self.dwconv = with_weights(conv, *fold_scale(conv.weight, None, scale, shift))
-        self.norm = nn.Identity()
-
-    def _fold_linear(self) -> None:
-        grn, linear = cast(GRN, self.act[1]), cast(nn.Linear, self.pwconv2[0])
-        scale, shift = norm_scale(self.pwconv2[2])
-        if self.gamma is not None:
-            scale, shift = scale * float64(self.gamma), shift * float64(self.gamma)
-        weight = float64(linear.weight)
-        bias = weight @ float64(cast(Tensor, grn.beta)).flatten()
-        self.pwconv2 = nn.Sequential(with_weights(linear, *fold_scale(weight, bias, scale, shift)), NHWCtoNCHW())
-        grn.beta = None
-        self.gamma = None
 
 
 @MODELS.register_module()
@@ -174,7 +56,10 @@ class UniRepLKNet(BaseModule):
         gap_before_final_norm: Return the pooled, normed (N, C) feature instead of maps; with
             ``out_indices=(3,)`` this is the trunk of the published classifier.
         channels_last: Convert the input to channels_last memory, which the whole backbone then keeps: the
-            block's permutes become views. Otherwise the layout of the input is kept.
+            block's permutes become views. False keeps the layout of the input; None converts where that is known to
+            be faster, on a CPU with the compiled kernels.
+        fused: Compute blocks by fused operators where there are any, with the same results; False computes every
+            layer by itself, as published.
         init_cfg: mmengine's initialisation. ``dict(type='Pretrained', checkpoint=...)`` takes a file, an https
             address or the short name of a published file (``arch_zoo.CHECKPOINTS``).
 
@@ -197,7 +82,8 @@ class UniRepLKNet(BaseModule):
         with_cp: bool = False,
         deploy: bool = False,
         gap_before_final_norm: bool = False,
-        channels_last: bool = False,
+        channels_last: bool | None = None,
+        fused: bool = True,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         if init_cfg is None and gap_before_final_norm:
@@ -219,6 +105,7 @@ class UniRepLKNet(BaseModule):
         self.deploy = deploy
         self.gap_before_final_norm = gap_before_final_norm
         self.channels_last = channels_last
+        self.fused = fused
         dims = self.arch.dims
 
         self.downsample_layers = nn.ModuleList([_stem(in_channels, dims[0])])
@@ -239,6 +126,7 @@ class UniRepLKNet(BaseModule):
                         norm_cfg=norm_cfg,
                         with_cp=with_cp,
                         deploy=deploy,
+                        fused=fused,
                     )
                     for size in sizes
                 )
@@ -264,7 +152,7 @@ class UniRepLKNet(BaseModule):
             One map (N, dims[i], ceil(H / 2^(i+2)), ceil(W / 2^(i+2))) for every i of ``out_indices``; with
             ``gap_before_final_norm`` one (N, dims[-1]) feature.
         """
-        if self.channels_last:
+        if self._wants_channels_last(x):
             x = x.contiguous(memory_format=torch.channels_last)
         outs = []
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
@@ -274,6 +162,11 @@ class UniRepLKNet(BaseModule):
             if i == self.out_indices[-1]:
                 break
         return tuple(outs)
+
+    def _wants_channels_last(self, x: Tensor) -> bool:
+        if self.channels_last is not None or compat.needs_standard_operators():
+            return bool(self.channels_last)
+        return self.fused and backends.suits_cpp(x)
 
     def train(self, mode: bool = True) -> UniRepLKNet:
         """Set the mode; frozen stages, and with ``norm_eval`` every BN, stay in evaluation."""

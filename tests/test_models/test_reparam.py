@@ -15,8 +15,9 @@ from mmunireplknet.models.dilated_reparam import (
     check_branches,
     default_branches,
 )
-from mmunireplknet.models.reparam import dilate_kernel, fold_scale, merge_kernels, norm_scale
+from mmunireplknet.models.reparam import fold_scale, norm_scale
 from mmunireplknet.models.unireplknet import UniRepLKNetBlock
+from mmunireplknet.ops import merge_branches
 
 from ..procedural import image, randomise, relative_error
 from .tiny import TINY, classifier, detector, segmentor, tiny
@@ -142,26 +143,25 @@ def test_repeated_branch():
 
 @quick
 @given(kernel_size=st.sampled_from([1, 3, 5, 7]), dilation=st.integers(1, 6))
-def test_dilate_kernel(kernel_size, dilation):
+def test_merge_branches_dilates(kernel_size, dilation):
     kernel = image((3, 1, kernel_size, kernel_size)).double()
-    dense = dilate_kernel(kernel, dilation)
-    x = image((2, 3, 17, 12)).double()
     reach = (kernel_size - 1) * dilation // 2
+    size = 2 * reach + 1
+    merged = merge_branches([torch.zeros(3, 1, size, size).double(), kernel], [1, dilation], torch.ones(2, 3).double())
+    x = image((2, 3, 17, 12)).double()
     expected = nn.functional.conv2d(x, kernel, padding=reach, dilation=dilation, groups=3)
-    actual = nn.functional.conv2d(x, dense, padding=reach, groups=3)
-    assert dense.shape[-1] == 2 * reach + 1
-    assert relative_error(actual, expected) < 1e-14
-    assert int((dense != 0).sum()) == int((kernel != 0).sum())
+    assert relative_error(nn.functional.conv2d(x, merged, padding=reach, groups=3), expected) < 1e-14
+    assert int((merged != 0).sum()) == int((kernel != 0).sum())
 
 
-def test_merge_kernels_is_centred():
-    one = torch.ones(1, 1, 1, 1)
-    merged = merge_kernels(torch.zeros(1, 1, 7, 7), [(one, 1), (torch.ones(1, 1, 3, 3), 3)])
-    assert merged[0, 0, 3, 3] == 2
-    assert merged.sum() == 10
-    assert merged[0, 0, ::3, ::3].sum() == 10
-    with pytest.raises(ValueError, match='size 7 does not fit into a 5 kernel'):
-        merge_kernels(torch.zeros(1, 1, 5, 5), [(torch.ones(1, 1, 3, 3), 3)])
+def test_merge_branches_centres_and_scales():
+    branches = [torch.zeros(1, 1, 7, 7), torch.ones(1, 1, 1, 1), torch.ones(1, 1, 3, 3)]
+    merged = merge_branches(branches, [1, 1, 3], torch.tensor([[1.0], [1.0], [2.0]]))
+    assert merged[0, 0, 3, 3] == 3
+    assert merged.sum() == 19
+    assert merged[0, 0, ::3, ::3].sum() == 19
+    with pytest.raises(ValueError, match='size 7 does not fit into a 5x5 kernel'):
+        merge_branches([torch.zeros(1, 1, 5, 5), torch.ones(1, 1, 3, 3)], [1, 3], torch.ones(2, 1))
 
 
 @pytest.mark.parametrize('affine', [True, False])

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmunireplknet import UniRepLKNet
-from mmunireplknet.models import layers
-from mmunireplknet.models.layers import SyncBatchNorm
+from mmunireplknet.models import norms
+from mmunireplknet.models.norms import SyncBatchNorm
 
 from ..procedural import image, randomise, relative_error
 from .tiny import TINY
@@ -126,7 +126,7 @@ def test_it_matters(folder):
 @pytest.fixture
 def logged(monkeypatch):
     lines = []
-    monkeypatch.setattr(layers, 'print_log', lambda text, **_: lines.append(text))
+    monkeypatch.setattr(norms, 'print_log', lambda text, **_: lines.append(text))
     monkeypatch.setattr(SyncBatchNorm, '_told', False)
     return lines
 

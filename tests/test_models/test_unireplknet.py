@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmunireplknet import UniRepLKNet
 from mmunireplknet.models.arch_zoo import ARCHS
-from mmunireplknet.models.layers import SyncBatchNorm
+from mmunireplknet.models.norms import SyncBatchNorm
 from mmunireplknet.models.unireplknet import UniRepLKNetBlock
 
 from ..procedural import image, randomise, relative_error

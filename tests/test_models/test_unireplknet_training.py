@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmunireplknet.models.layers import LayerNorm2d, NCHWtoNHWC, NHWCtoNCHW, SyncBatchNorm
+from mmunireplknet.models.layers import LayerNorm2d, NCHWtoNHWC, NHWCtoNCHW
+from mmunireplknet.models.norms import SyncBatchNorm
+from mmunireplknet.ops import backends
 
 from ..procedural import image, relative_error
 from .tiny import blocks, step, tiny
@@ -209,8 +211,8 @@ def test_channels_last(deploy, training, given):
 @pytest.mark.parametrize('deploy', [False, True])
 @pytest.mark.parametrize('training', [False, True])
 def test_layout_of_the_input_is_kept(deploy, training):
-    """Without ``channels_last`` NCHW stays NCHW behind every block, and channels_last stays channels_last."""
-    model = tiny(deploy=deploy).train(training)
+    """With ``channels_last=False`` NCHW stays NCHW behind every block, and channels_last stays channels_last."""
+    model = tiny(deploy=deploy, channels_last=False).train(training)
     x = image((2, 3, 96, 64))
     seen, _, outs = layouts(model, x)
     assert all(contiguous for contiguous, _ in seen)
@@ -219,6 +221,14 @@ def test_layout_of_the_input_is_kept(deploy, training):
     assert all(last for _, last in seen)
     assert not any(copies)
     assert all(out.is_contiguous(memory_format=torch.channels_last) for out in outs)
+
+
+@pytest.mark.parametrize('options', [{}, dict(fused=False)])
+def test_layout_by_default(options):
+    """By itself it takes the layout that its kernels want, and leaves the input's where there are none."""
+    outs = tiny(**options).eval()(image((2, 3, 96, 64)))
+    converts = not options and not backends.why_not('cpp')
+    assert all(out.is_contiguous(memory_format=torch.channels_last) == converts for out in outs)
 
 
 def test_gradients_in_channels_last():

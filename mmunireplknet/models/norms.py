@@ -1,0 +1,183 @@
+"""Batch normalization: one that synchronises on every device, and what the fused operators ask of a BN layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from mmengine.logging import print_log
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..ops.pointwise import Statistics
+
+__all__ = [
+    'FrozenRunningStatistics', 'SyncBatchNorm', 'beta_of', 'gamma_of', 'is_hooked', 'is_plain_bn', 'process_group_of',
+    'statistics_of', 'update_running_statistics',
+]  # fmt: skip
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over the processes, forward and backward; on every backend, gloo included."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        value = value.clone()
+        dist.all_reduce(value, group=group)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+@MODELS.register_module('DeviceAgnosticSyncBN')
+class SyncBatchNorm(_BatchNorm):
+    """``torch.nn.SyncBatchNorm`` that works on every device, with the same arguments and state dict.
+
+    torch's own raises for CPU tensors inside a process group, and DDP refuses a model on the CPU that holds an
+    instance of it, so that this is no subclass; on CUDA it computes by torch's. Without a process group it is
+    BatchNorm, and says so once.
+    """
+
+    _told = False
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats)
+        self.process_group = process_group
+
+    _check_input_dim = nn.SyncBatchNorm._check_input_dim
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``x`` (N, C, ...) with the statistics of all processes."""
+        synchronised = dist.is_available() and dist.is_initialized()
+        if self.training and not synchronised and not SyncBatchNorm._told:
+            SyncBatchNorm._told = True
+            print_log('SyncBN without a process group: it normalizes like BN.', logger='current')
+        if not self.training or not synchronised or dist.get_world_size(self.process_group) == 1:
+            return super().forward(x)
+        return nn.SyncBatchNorm.forward(cast(Any, self), x) if x.is_cuda else self._forward_synchronised(x)
+
+    def _forward_synchronised(self, x: Tensor) -> Tensor:
+        dims = [d for d in range(x.dim()) if d != 1]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        values = x.to(dtype)
+        # float64 for what crosses the processes: E[x^2] - E[x]^2 cancels in float32.
+        local_var, local_mean = (s.double() for s in torch.var_mean(values, dims, correction=0))
+        count = local_mean.new_full((1,), x.numel() // x.size(1))
+        packed = torch.cat([local_mean * count, (local_var + local_mean.square()) * count, count])
+        packed = _AllReduceSum.apply(packed, self.process_group)
+        total = packed[-1].detach()
+        mean, square = packed[:-1].div(total).chunk(2)
+        var = (square - mean.square()).clamp_min(0)
+        update_running_statistics([self], [mean.detach()], [var.detach()], total)
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        scale = torch.rsqrt(var + self.eps)
+        shift = -mean * scale
+        if self.affine:
+            scale, shift = scale * self.weight, shift * self.weight + self.bias
+        return torch.addcmul(shift.to(dtype).view(shape), values, scale.to(dtype).view(shape)).to(x.dtype)
+
+
+@torch.no_grad()
+def update_running_statistics(
+    norms: Sequence[_BatchNorm], means: Sequence[Tensor], variances: Sequence[Tensor], count: Tensor | int
+) -> None:
+    """Update the running statistics of BN layers as their own forward passes do.
+
+    Args:
+        norms: Layers; those in evaluation, or without running statistics, are left alone.
+        means: (C,) each, of the batch.
+        variances: (C,) each, of the batch, biased.
+        count: From how many values a channel.
+    """
+    unbiased = float(count) / max(float(count) - 1, 1)
+    groups: dict[float, list[tuple[Any, Tensor, Tensor]]] = {}
+    for norm, mean, var in zip(norms, means, variances, strict=True):
+        if norm.training and norm.running_mean is not None:
+            tracked = cast(Tensor, norm.num_batches_tracked).add_(1)
+            factor = 1.0 / float(tracked) if norm.momentum is None else norm.momentum
+            groups.setdefault(factor, []).append((norm, mean.to(norm.running_mean.dtype), var * unbiased))
+    for factor, group in groups.items():
+        torch._foreach_lerp_([norm.running_mean for norm, *_ in group], [mean for _, mean, _ in group], factor)
+        torch._foreach_lerp_(
+            [norm.running_var for norm, *_ in group], [var.to(norm.running_var.dtype) for norm, _, var in group], factor
+        )
+
+
+class FrozenRunningStatistics:
+    """Context in which BN in training mode does not update its running statistics again.
+
+    A momentum of zero keeps them as they are and, unlike switching the tracking off, saves the same tensors
+    for backward as the first pass did, which non-reentrant checkpointing requires. It can be entered again.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __enter__(self) -> None:
+        norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm)]
+        counts = [(m, m.num_batches_tracked) for m in norms if m.training]
+        self.kept = [(m, m.momentum, count, count.clone()) for m, count in counts if count is not None]
+        for norm, *_ in self.kept:
+            norm.momentum = 0.0
+
+    def __exit__(self, *_: object) -> None:
+        for norm, momentum, count, value in self.kept:
+            norm.momentum = momentum
+            count.copy_(value)
+
+
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether somebody wants to see what goes through ``layer``."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+
+
+def is_plain_bn(norm: nn.Module) -> bool:
+    """Whether ``norm`` computes what BN computes; an unknown subclass might compute anything."""
+    known = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
+    return isinstance(norm, _BatchNorm) and (type(norm) in known or type(norm).__name__ == '_BatchNormXd')
+
+
+def gamma_of(norm: _BatchNorm) -> Tensor:
+    """Scale (C,) of ``norm``, ones where it has none."""
+    return norm.weight if norm.affine else torch.ones(norm.num_features, device=_device_of(norm))
+
+
+def beta_of(norm: _BatchNorm) -> Tensor:
+    """Shift (C,) of ``norm``, zeros where it has none."""
+    return norm.bias if norm.affine else torch.zeros(norm.num_features, device=_device_of(norm))
+
+
+def _device_of(norm: _BatchNorm) -> torch.device | None:
+    return None if norm.running_mean is None else norm.running_mean.device
+
+
+def process_group_of(norm: _BatchNorm) -> dist.ProcessGroup | None:
+    """The processes that ``norm`` takes its statistics over; None for this one alone."""
+    if not isinstance(norm, nn.SyncBatchNorm | SyncBatchNorm) or not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def statistics_of(norm: _BatchNorm) -> Statistics:
+    """What ``norm`` normalizes with now: the batch in training, or its running statistics."""
+    if norm.training or norm.running_mean is None:
+        return Statistics(norm.eps, group=process_group_of(norm) if norm.training else None)
+    return Statistics(norm.eps, norm.running_mean, norm.running_var)

@@ -1,0 +1,6 @@
+"""Convolutions with large depthwise kernels: one operator, a reference in pure torch, and compiled kernels."""
+
+from .depthwise import DepthwiseConv2d, depthwise_conv2d
+from .dilated_reparam import dilated_reparam_conv, merge_branches
+
+__all__ = ['DepthwiseConv2d', 'depthwise_conv2d', 'dilated_reparam_conv', 'merge_branches']

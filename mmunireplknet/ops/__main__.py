@@ -1,0 +1,138 @@
+"""Say which backends of the large depthwise convolution work here, which one is taken, and how fast each is."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backends, build
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LAYOUTS = {'NCHW': torch.contiguous_format, 'channels_last': torch.channels_last}
+KERNELS = (3, 7, 13, 31)
+STAGE = (1, 80, 56, 56)  # map for which the choice is shown
+SHAPE, KERNEL = (1, 320, 32, 32), 13  # map and kernel that are timed
+DIRECTIONS = ('forward', 'input gradient', 'weight gradient')
+SECONDS = 0.2  # for each figure; at least three runs
+
+
+def _table(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ('  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return ''.join(f'{line.rstrip()}\n' for line in lines)
+
+
+def _note(backend: str) -> str:
+    if reason := backends.why_not(backend):
+        return reason
+    return f'{build.library_file()} ({torch.ops.mmuni_cpu.capability()})' if backend == 'cpp' else ''
+
+
+def _availability() -> str:
+    rows = [[name, 'no' if backends.why_not(name) else 'yes', _note(name)] for name in backends.BACKENDS]
+    return _table([['backend', 'works', ''], *rows])
+
+
+def _choices(device: str) -> str:
+    rows = [['dtype', 'layout', *(f'{k}x{k}' for k in KERNELS)]]
+    for dtype in DTYPES:
+        for name, layout in LAYOUTS.items():
+            x = torch.empty(STAGE, dtype=dtype, device=device).contiguous(memory_format=layout)
+            rows.append([str(dtype).removeprefix('torch.'), name, *(backends.choose('auto', x, k) for k in KERNELS)])
+    return _table(rows)
+
+
+def _auto() -> str:
+    variable = os.environ.get('MMUNI_DW_BACKEND')
+    text = f'MMUNI_DW_BACKEND is {variable!r}.\n' if variable else 'MMUNI_DW_BACKEND is not set.\n'
+    for device in ('cpu', 'cuda') if torch.cuda.is_available() else ('cpu',):
+        try:
+            text += f"\n'auto' takes, for a map of {STAGE} on {device}:\n{_choices(device)}"
+        except (RuntimeError, ValueError) as error:
+            text += f"\n'auto' fails on {device}: {error}\n"
+    return text
+
+
+def _torch_as_it_is(x: Tensor, weight: Tensor) -> tuple[Callable, ...]:
+    """Forward, input gradient and weight gradient without this package."""
+    padding, groups = weight.shape[-1] // 2, x.shape[1]
+
+    def gradient(*mask: bool) -> tuple:
+        return torch.ops.aten.convolution_backward(
+            x, x, weight, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], groups, mask
+        )
+
+    return (
+        lambda: F.conv2d(x, weight, padding=padding, groups=groups),
+        lambda: gradient(True, False, False),
+        lambda: gradient(False, True, False),
+    )
+
+
+def _backend(name: str, x: Tensor, weight: Tensor) -> tuple[Callable, ...]:
+    ops = torch.ops.mmuni
+    return (
+        lambda: ops.depthwise_conv2d(x, weight, None, 1, name),
+        lambda: ops.depthwise_conv2d_input_grad(x, weight, 1, name),
+        lambda: ops.depthwise_conv2d_weight_grad(x, x, weight.shape[-1], 1, name),
+    )
+
+
+def _milliseconds(function: Callable) -> float:
+    """Median of the runs that fit into ``SECONDS``, three at least, after one to warm up."""
+    function()
+    times: list[float] = []
+    end = time.perf_counter() + SECONDS
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def _timed_rows(names: list[str]) -> Iterator[list[str]]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(SHAPE[1], 1, KERNEL, KERNEL, generator=generator)
+    for layout, memory_format in LAYOUTS.items():
+        x = torch.randn(SHAPE, generator=generator).contiguous(memory_format=memory_format)
+        functions = [_torch_as_it_is(x, weight), *(_backend(name, x, weight) for name in names)]
+        for direction, alternatives in zip(DIRECTIONS, zip(*functions, strict=True), strict=True):
+            base, *others = (_milliseconds(function) for function in alternatives)
+            yield [layout, direction, f'{base:.2f}', *(f'{ms:.2f} ({base / ms:.1f}x)' for ms in others)]
+
+
+def _timing() -> str:
+    names = [name for name in ('torch', 'cpp') if not backends.why_not(name)]
+    rows = list(_timed_rows(names))
+    return (
+        f'{KERNEL}x{KERNEL} on {SHAPE} float32, CPU, threads: {torch.get_num_threads()} '
+        f'(OMP_NUM_THREADS sets them).\nMedian in ms; in brackets, how many times faster than torch as it is.\n'
+        f'{_table([["layout", "direction", "as torch has it", *names], *rows])}'
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write the report to the standard output."""
+    parser = argparse.ArgumentParser(
+        prog='python -m mmunireplknet.ops',
+        description='Say which backends of the large depthwise convolution work here, which is taken, and how fast '
+        'each is.',
+        epilog='Example: OMP_NUM_THREADS=4 MMUNI_DW_BACKEND=torch python -m mmunireplknet.ops --no-timing',
+    )
+    parser.add_argument('--no-timing', action='store_true', help='leave out the timing, which takes some 5 s')
+    args = parser.parse_args(argv)
+    sys.stdout.write(f'torch {torch.__version__}\n\n{_availability()}\n{_auto()}')
+    if not args.no_timing:
+        sys.stdout.write(f'\n{_timing()}')
+
+
+if __name__ == '__main__':
+    main()

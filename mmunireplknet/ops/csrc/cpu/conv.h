@@ -1,0 +1,252 @@
+// Depthwise convolution of whole maps: tiles in and out, and the choice of strips.
+
+// Scratch memory of one thread, aligned to a cache line. Up to MAX_KEPT bytes stay with the thread for its next call:
+// fresh pages cost more than the small maps that are computed in them.
+constexpr int64_t MAX_KEPT = 8 << 20;
+
+struct Kept {
+  float* data = nullptr;
+  int64_t bytes = 0;
+  ~Kept() { free(data); }
+};
+thread_local Kept kept;
+
+struct Scratch {
+  float* data;
+  explicit Scratch(int64_t floats) {
+    const int64_t bytes = floats * static_cast<int64_t>(sizeof(float));
+    if (bytes <= kept.bytes) {
+      data = kept.data;
+      return;
+    }
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 64, bytes)) abort();
+    data = static_cast<float*>(memory);
+    if (bytes > MAX_KEPT) return;
+    free(kept.data);
+    kept.data = data;
+    kept.bytes = bytes;
+  }
+  ~Scratch() {
+    if (data != kept.data) free(data);
+  }
+  Scratch(const Scratch&) = delete;
+};
+
+using StripFunction = void (*)(const Strip&);
+
+// Numbers of taps that a row of an odd kernel is cut into, see for_strips.
+constexpr bool is_used(int taps) { return taps % 2 || taps > 6 || MAX_TAPS < 6; }
+
+template <int Q, int KB>
+struct Entry {
+  static void fill(StripFunction (&forward)[MAX_PIXELS + 1][MAX_TAPS + 1],
+                   StripFunction (&weight_grad)[MAX_PIXELS + 1][MAX_TAPS + 1]) {
+    if constexpr (is_used(KB)) {
+      forward[Q][KB] = forward_strip<Q, KB>;
+      weight_grad[Q][KB] = weight_grad_strip<Q, KB>;
+    }
+    if constexpr (Q > 1) Entry<Q - 1, KB>::fill(forward, weight_grad);
+    else if constexpr (KB > 1) Entry<MAX_PIXELS, KB - 1>::fill(forward, weight_grad);
+  }
+};
+
+// Function for Q pixels and KB taps.
+struct Table {
+  StripFunction forward[MAX_PIXELS + 1][MAX_TAPS + 1];
+  StripFunction weight_grad[MAX_PIXELS + 1][MAX_TAPS + 1];
+  Table() : forward{}, weight_grad{} { Entry<MAX_PIXELS, MAX_TAPS>::fill(forward, weight_grad); }
+};
+const Table table;
+
+MMUNI_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+MMUNI_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+MMUNI_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A map is cut into strips of equal width, separately for each remainder modulo the dilation.
+struct Cut {
+  int strips, pixels;
+  MMUNI_INLINE Cut(int width, int remainder, int dilation) {
+    const int columns = static_cast<int>(divide_up(width - remainder, dilation));
+    strips = static_cast<int>(divide_up(columns, MAX_PIXELS));
+    pixels = strips ? static_cast<int>(divide_up(columns, strips)) : 0;
+  }
+};
+
+// Room beside the map that a convolution needs: what it reads, and where its last strips overhang.
+void make_room(Shape& shape, int kernel, int dilation) {
+  const int reach = dilation * (kernel / 2);
+  int end = shape.width;
+  for (int r = 0; r < dilation && r < shape.width; ++r) {
+    const Cut cut(shape.width, r, dilation);
+    end = static_cast<int>(max(end, r + dilation * (cut.strips * cut.pixels - 1) + 1));
+  }
+  shape.margin = static_cast<int>(max(shape.margin, reach));
+  shape.slack = static_cast<int>(max(shape.slack, reach + end - shape.width));
+}
+
+// Zeros around the map. Reading a tile never touches them, but a convolution writes into the slack of its output.
+void clear_slack(const Shape& shape, float* memory, int64_t rows) {
+  for (int64_t y = 0; y < rows; ++y)
+    memset(memory + y * shape.pitch() + (shape.margin + shape.width) * L, 0, shape.slack * L * sizeof(float));
+}
+void clear_margins(const Shape& shape, float* memory, int64_t rows) {
+  for (int64_t y = 0; y < rows; ++y) memset(memory + y * shape.pitch(), 0, shape.margin * L * sizeof(float));
+  clear_slack(shape, memory, rows);
+}
+
+// Both directions: `out` is the result of the forward convolution, or the gradient that the weight gradient reads.
+MMUNI_INLINE void for_strips(const StripFunction (&functions)[MAX_PIXELS + 1][MAX_TAPS + 1], const Tile& x, float* w,
+                             const float* bias, int kernel, int dilation, const Tile& out, bool accumulate) {
+  // Taps further out than the map is wide meet nothing but zeros.
+  const int reach = static_cast<int>(min(kernel / 2, (x.width - 1) / dilation));
+  const int taps = 2 * reach + 1, groups = static_cast<int>(divide_up(taps, MAX_TAPS));
+  for (int r = 0; r < dilation && r < x.width; ++r) {
+    const Cut cut(x.width, r, dilation);
+    for (int s = 0; s < cut.strips; ++s) {
+      const int pixel = r + dilation * s * cut.pixels;
+      for (int g = 0; g < groups; ++g) {
+        const int first = g * taps / groups, end = (g + 1) * taps / groups;
+        const Strip strip = {
+            x.data + (pixel + dilation * (first - reach)) * L, out.data + pixel * L,
+            w + (first - reach + kernel / 2) * L, bias, x.pitch, out.pitch, static_cast<int64_t>(kernel) * L,
+            dilation * L, kernel, dilation, x.row0, x.row1, out.row0, out.row1, accumulate || g > 0};
+        functions[cut.pixels][end - first](strip);
+      }
+    }
+  }
+}
+
+// out = conv(x, w) + bias, or out += conv(x, w). Writes up to Shape::slack pixels behind each row.
+void convolve(const Tile& x, const float* w, const float* bias, int kernel, int dilation, const Tile& out,
+              bool accumulate) {
+  for_strips(table.forward, x, const_cast<float*>(w), bias, kernel, dilation, out, accumulate);
+}
+
+// w += the gradient for the kernel. The pixels behind each row of `grad` must be zero.
+void correlate(const Tile& x, const Tile& grad, int kernel, int dilation, float* w) {
+  for_strips(table.weight_grad, x, w, nullptr, kernel, dilation, grad, false);
+}
+
+// Weights (C, K, K) of the block of channels from c0, to [tap][L] and back.
+void pack_weight(const float* weight, int c0, int channels, int kernel, bool flip, float* out) {
+  const int taps = kernel * kernel;
+  const Map map = {reinterpret_cast<char*>(const_cast<float*>(weight)), FLOAT, 0, taps, taps, 1};
+  read_tile(map, 0, c0, channels, {out, taps * L, 0, 1, taps});
+  if (!flip) return;
+  for (int a = 0, b = taps - 1; a < b; ++a, --b) {
+    const Vec va = load(out + a * L), vb = load(out + b * L);
+    store(out + a * L, vb);
+    store(out + b * L, va);
+  }
+}
+void unpack_weight(float* in, int c0, int channels, int kernel, float* weight) {
+  const int taps = kernel * kernel;
+  const Map map = {reinterpret_cast<char*>(weight), FLOAT, 0, taps, taps, 1};
+  write_tile(map, 0, c0, channels, {in, taps * L, 0, 1, taps});
+}
+void load_channels(const float* values, int c0, int channels, float* out) {
+  for (int c = 0; c < L; ++c) out[c] = values && c < channels ? values[c0 + c] : 0.f;
+}
+
+// Rows [band0, band1) of the output, and the rows of the input that they meet.
+struct Band {
+  int y0, y1, x0, x1;
+  Band(const Size& size, int bands, int64_t band, int reach) {
+    y0 = static_cast<int>(size.h * band / bands);
+    y1 = static_cast<int>(size.h * (band + 1) / bands);
+    x0 = static_cast<int>(max(0, y0 - reach));
+    x1 = static_cast<int>(min(size.h, y1 + reach));
+  }
+};
+
+// As many bands as keep the tile of the input inside a quarter of a megabyte, which every second-level cache holds.
+int bands_for(const Shape& shape, int height, int reach) {
+  const int64_t rows = 65536 / shape.pitch() - 2 * reach;
+  return static_cast<int>(divide_up(height, max(rows, min(height, max(8, reach)))));
+}
+int most_rows(const Size& size, int bands, int reach) {
+  return static_cast<int>(min(size.h, divide_up(size.h, bands) + 2 * reach));
+}
+
+int64_t plan_forward(Forward& job, int64_t threads) {
+  Shape shape = {job.size.w, 0, 0};
+  make_room(shape, job.kernel, job.dilation);
+  const int64_t maps = job.size.n * divide_up(job.size.c, L);
+  job.bands = bands_for(shape, job.size.h, job.dilation * (job.kernel / 2));
+  if (threads > 1) job.bands = static_cast<int>(max(job.bands, min(job.size.h / 8, divide_up(4 * threads, maps))));
+  return maps * job.bands;
+}
+
+void forward(const Forward& job, int64_t begin, int64_t end) {
+  const Size& size = job.size;
+  const int reach = job.dilation * (job.kernel / 2), taps = job.kernel * job.kernel;
+  Shape shape = {size.w, 0, 0};
+  make_room(shape, job.kernel, job.dilation);
+  const int rows = most_rows(size, job.bands, reach);
+  Scratch scratch(2 * shape.floats(rows) + (taps + 1) * L);
+  float* const weight = scratch.data + 2 * shape.floats(rows);
+  float* const bias = weight + taps * L;
+  clear_margins(shape, scratch.data, rows);
+  int64_t packed = -1;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t block = task / (size.n * job.bands), n = task / job.bands % size.n;
+    const int c0 = static_cast<int>(block * L), channels = static_cast<int>(min(L, size.c - c0));
+    if (packed != block) {
+      pack_weight(job.weight, c0, channels, job.kernel, job.flip, weight);
+      load_channels(job.bias, c0, channels, bias);
+      packed = block;
+    }
+    const Band band(size, job.bands, task % job.bands, reach);
+    const Tile x = shape.at(scratch.data, band.x0, band.x1);
+    const Tile out = shape.at(scratch.data + shape.floats(rows), band.y0, band.y1);
+    read_tile(job.x, n, c0, channels, x);
+    convolve(x, weight, bias, job.kernel, job.dilation, out, false);
+    write_tile(job.out, n, c0, channels, out);
+  }
+}
+
+int64_t plan_weight_grad(WeightGrad& job) {
+  Shape shape = {job.size.w, 0, 0};
+  make_room(shape, job.kernel, job.dilation);
+  const int64_t blocks = divide_up(job.size.c, L);
+  job.bands = bands_for(shape, job.size.h, job.dilation * (job.kernel / 2));
+  job.chunks = static_cast<int>(min(job.size.n * job.bands, divide_up(32, blocks)));
+  return blocks * job.chunks;
+}
+
+void weight_grad(const WeightGrad& job, int64_t begin, int64_t end) {
+  const Size& size = job.size;
+  const int reach = job.dilation * (job.kernel / 2), taps = job.kernel * job.kernel;
+  Shape shape = {size.w, 0, 0};
+  make_room(shape, job.kernel, job.dilation);
+  const int rows = most_rows(size, job.bands, reach);
+  const int64_t units = size.n * job.bands;
+  Scratch scratch(2 * shape.floats(rows));
+  clear_margins(shape, scratch.data, 2 * rows);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t block = task / job.chunks, chunk = task % job.chunks;
+    const int c0 = static_cast<int>(block * L), channels = static_cast<int>(min(L, size.c - c0));
+    float* const sum = job.partial + task * taps * L;
+    memset(sum, 0, taps * L * sizeof(float));
+    for (int64_t unit = units * chunk / job.chunks; unit < units * (chunk + 1) / job.chunks; ++unit) {
+      const Band band(size, job.bands, unit % job.bands, reach);
+      const Tile x = shape.at(scratch.data, band.x0, band.x1);
+      const Tile grad = shape.at(scratch.data + shape.floats(rows), band.y0, band.y1);
+      read_tile(job.x, unit / job.bands, c0, channels, x);
+      read_tile(job.grad, unit / job.bands, c0, channels, grad);
+      correlate(x, grad, job.kernel, job.dilation, sum);
+    }
+  }
+}
+
+void sum_partial(const WeightGrad& job, int64_t begin, int64_t end) {
+  const int64_t floats = static_cast<int64_t>(job.kernel) * job.kernel * L;
+  for (int64_t block = begin; block < end; ++block) {
+    float* const sum = job.partial + block * job.chunks * floats;
+    for (int chunk = 1; chunk < job.chunks; ++chunk)
+      for (int64_t i = 0; i < floats; i += L) store(sum + i, load(sum + i) + load(sum + chunk * floats + i));
+    const int c0 = static_cast<int>(block * L);
+    unpack_weight(sum, c0, static_cast<int>(min(L, job.size.c - c0)), job.kernel, job.out);
+  }
+}

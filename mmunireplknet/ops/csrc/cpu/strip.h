@@ -1,0 +1,86 @@
+// The two inner loops of the depthwise convolution, on tiles: [row][pixel][L] floats, channels in the lanes.
+//
+// A strip is Q pixels wide and runs down the tile. KB neighbouring taps of a kernel row are held in registers, so
+// that a pixel, once loaded, meets all of them: Q * KB multiply-adds for Q + KB - 1 loads.
+
+struct Strip {
+  const float* x;       // input at row row0, at the pixel that tap 0 of output pixel 0 reads
+  float* out;           // output (forward), or output gradient (weight gradient), at row y0
+  float* w;             // taps of row 0 of the kernel: [kernel_row][pitch_w]
+  const float* bias;    // L floats, or nullptr for zero
+  int64_t pitch_x;      // floats from one input row to the next
+  int64_t pitch_out;
+  int64_t pitch_w;
+  int step;             // floats from one pixel to the next: dilation * L
+  int kernel;           // rows of the kernel
+  int dilation;
+  int row0;             // first input row that x points to ...
+  int row1;             // ... and the one behind the last
+  int y0, y1;           // output rows
+  bool accumulate;      // forward: add to out instead of starting from the bias
+};
+
+// Rows ky of the kernel that meet a row inside [row0, row1) from output row y.
+MMUNI_INLINE int first_row(const Strip& s, int y) {
+  const int top = y - s.dilation * (s.kernel / 2);
+  return top >= s.row0 ? 0 : (s.row0 - top + s.dilation - 1) / s.dilation;
+}
+MMUNI_INLINE int last_row(const Strip& s, int y) {
+  const int room = s.row1 - 1 - (y - s.dilation * (s.kernel / 2));
+  return room < 0 ? 0 : room / s.dilation + 1 < s.kernel ? room / s.dilation + 1 : s.kernel;
+}
+
+template <int Q, int KB>
+void forward_strip(const Strip& s) {
+  for (int y = s.y0; y < s.y1; ++y) {
+    float* const out = s.out + (y - s.y0) * s.pitch_out;
+    Vec acc[Q];
+    const Vec start = s.bias ? load(s.bias) : Vec{};
+#pragma GCC unroll 16
+    for (int o = 0; o < Q; ++o) acc[o] = s.accumulate ? load(out + o * s.step) : start;
+    const int last = last_row(s, y);
+    for (int ky = first_row(s, y); ky < last; ++ky) {
+      const float* const x = s.x + (y + s.dilation * (ky - s.kernel / 2) - s.row0) * s.pitch_x;
+      const float* const w = s.w + ky * s.pitch_w;
+      Vec tap[KB];
+#pragma GCC unroll 16
+      for (int k = 0; k < KB; ++k) tap[k] = load(w + k * L);
+#pragma GCC unroll 32
+      for (int j = 0; j < Q + KB - 1; ++j) {
+        const Vec v = load(x + j * s.step);
+#pragma GCC unroll 16
+        for (int o = 0; o < Q; ++o)
+          if (j - o >= 0 && j - o < KB) acc[o] += v * tap[j - o < 0 || j - o >= KB ? 0 : j - o];
+      }
+    }
+#pragma GCC unroll 16
+    for (int o = 0; o < Q; ++o) store(out + o * s.step, acc[o]);
+  }
+}
+
+template <int Q, int KB>
+void weight_grad_strip(const Strip& s) {
+  for (int y = s.y0; y < s.y1; ++y) {
+    const float* const out = s.out + (y - s.y0) * s.pitch_out;
+    Vec grad[Q];
+#pragma GCC unroll 16
+    for (int o = 0; o < Q; ++o) grad[o] = load(out + o * s.step);
+    const int last = last_row(s, y);
+    for (int ky = first_row(s, y); ky < last; ++ky) {
+      const float* const x = s.x + (y + s.dilation * (ky - s.kernel / 2) - s.row0) * s.pitch_x;
+      float* const w = s.w + ky * s.pitch_w;
+      Vec acc[KB];
+#pragma GCC unroll 16
+      for (int k = 0; k < KB; ++k) acc[k] = load(w + k * L);
+#pragma GCC unroll 32
+      for (int j = 0; j < Q + KB - 1; ++j) {
+        const Vec v = load(x + j * s.step);
+#pragma GCC unroll 16
+        for (int k = 0; k < KB; ++k)
+          if (j - k >= 0 && j - k < Q) acc[k] += v * grad[j - k < 0 || j - k >= Q ? 0 : j - k];
+      }
+#pragma GCC unroll 16
+      for (int k = 0; k < KB; ++k) store(w + k * L, acc[k]);
+    }
+  }
+}

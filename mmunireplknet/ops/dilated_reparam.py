@@ -1,0 +1,325 @@
+"""Dilated Reparam Block in training: the sum of batch-normalized depthwise convolutions, as one operation.
+
+Its branches never leave the cache: each is convolved, its statistics are taken, and it is added up, for a few channels
+at a time. Only the input is kept for the backward pass, which convolves it again: that costs no more than to write and
+read the outputs of the branches (docs/benchmarks.md). The block is that of https://arxiv.org/abs/2311.15599. Its sum is
+one large convolution, merged by the statistics of the batch, and that is what the synchronised form computes:
+
+    y = conv(x, W) + c,  W = sum_b a_b embed(w_b),  c = sum_b (beta_b - a_b mean_b),
+    a_b = gamma_b / sqrt(var_b + eps_b)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import backends
+from .depthwise import _library, _tags
+from .linear import without_autocast
+
+__all__ = ['dilated_reparam_conv', 'merge_branches']
+
+_MAX_BRANCHES = 12  # of the compiled kernels
+
+
+def dilated_reparam_conv(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    dilations: Sequence[int],
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    eps: Sequence[float],
+    process_group: dist.ProcessGroup | None = None,
+    backend: str = 'auto',
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """``sum_b batch_norm(depthwise_conv2d(x, w_b, dilation_b), gamma_b, beta_b)`` with the statistics of the batch.
+
+    Gradients are exact for ``x``, every weight, gamma and beta; they cannot be differentiated again.
+
+    Args:
+        x: (N, C, H, W); under autocast it is cast.
+        weights: One (C, 1, K, K) a branch, K odd; the first is the largest.
+        dilations: One a branch.
+        gammas: One (C,) a branch.
+        betas: One (C,) a branch.
+        eps: One a branch.
+        process_group: Take the statistics over these processes: one all-reduce forward and one backward for all
+            branches together. None for this process alone.
+        backend: See ``depthwise_conv2d``.
+
+    Returns:
+        y (N, C, H, W) like ``x``; mean and biased variance, (branches, C), without gradient; how many values of a
+        channel they were taken from.
+
+    Raises:
+        ValueError: Fewer than two values a channel, of which no variance can be taken.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    group_size = 1 if process_group is None else dist.get_world_size(process_group)
+    if x.shape[0] * x.shape[2] * x.shape[3] * group_size < 2:
+        raise ValueError(f'Expected more than 1 value per channel when training, got input size {tuple(x.shape)}.')
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weight = torch.cat([w.flatten() for w in weights]).to(dtype)
+    gamma, beta = torch.stack([*gammas]).to(dtype), torch.stack([*betas]).sum(0).to(dtype)
+    kernels = [w.shape[-1] for w in weights]
+    with torch.autocast(device, enabled=False):
+        return _DilatedReparam.apply(x, weight, gamma, beta, kernels, [*dilations], [*eps], process_group, backend)
+
+
+def merge_branches(weights: Sequence[Tensor], dilations: Sequence[int], scales: Sequence[Tensor] | Tensor) -> Tensor:
+    """``sum_b scale_b * embed(w_b)``, (C, 1, K, K) with the K of the first weight; differentiable.
+
+    Args:
+        weights: (C, 1, K, K) each, the first with dilation 1.
+        dilations: One a branch.
+        scales: (C,) each.
+
+    Raises:
+        ValueError: A branch covers more than K.
+    """
+    merged = weights[0] * scales[0].view(-1, 1, 1, 1)
+    size = merged.shape[-1]
+    for weight, dilation, scale in zip(weights[1:], dilations[1:], scales[1:], strict=True):
+        extent = (weight.shape[-1] - 1) * dilation + 1
+        if extent > size:
+            raise ValueError(f'a branch of size {extent} does not fit into a {size}x{size} kernel.')
+        taps = slice((size - extent) // 2, (size + extent) // 2, dilation)
+        merged[..., taps, taps] += weight * scale.view(-1, 1, 1, 1)
+    return merged
+
+
+class _DilatedReparam(torch.autograd.Function):
+    """Autograd of the four operators below."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        kernels: list[int],
+        dilations: list[int],
+        eps: list[float],
+        group: dist.ProcessGroup | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        static = (kernels, dilations, eps, backend)
+        count = x.numel() // x.shape[1]
+        if group is None:
+            y, mean, var = torch.ops.mmuni.dilated_reparam_forward(x, weight, gamma, beta, *static)
+        else:
+            mean, var = torch.ops.mmuni.dilated_reparam_stats(x, weight, gamma.shape[0], *static)
+            mean, var, count = _share_statistics(mean, var, count, group)
+            scales = gamma * torch.rsqrt(var + var.new_tensor(eps)[:, None])
+            merged = merge_branches(_split(weight, kernels), dilations, scales)
+            y = torch.ops.mmuni.depthwise_conv2d(x, merged, beta - (scales * mean).sum(0), 1, backend)
+        ctx.save_for_backward(x, weight, gamma, mean, var)
+        ctx.static, ctx.group, ctx.count = static, group, count
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var, count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @without_autocast
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
+        x, weight, gamma, mean, var = ctx.saved_tensors
+        tensors = (grad, x, weight, gamma, mean, var)
+        sums: tuple[Tensor | None, Tensor | None] = (None, None)
+        if ctx.group is not None:
+            local = torch.ops.mmuni.dilated_reparam_sums(*tensors, *ctx.static)
+            flat = torch.cat([t.flatten() for t in local])
+            dist.all_reduce(flat, group=ctx.group)
+            sums = (flat[: gamma.numel()].view_as(gamma), flat[gamma.numel() :])
+        grad_x, grad_weight, grad_gamma, grad_beta = torch.ops.mmuni.dilated_reparam_backward(
+            *tensors, *sums, float(ctx.count), ctx.needs_input_grad[0], *ctx.static
+        )
+        if ctx.group is not None:
+            # What the others contribute to these parameters, they hold themselves: DDP adds it.
+            grad_gamma, grad_beta = local
+        return (grad_x if ctx.needs_input_grad[0] else None, grad_weight, grad_gamma, grad_beta, *(None,) * 5)
+
+
+def _share_statistics(mean: Tensor, var: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, int]:
+    """Mean, biased variance and count over all processes, by one all-reduce."""
+    # float64 for what crosses the processes: E[x^2] - E[x]^2 cancels in float32.
+    means, squares = mean.double() * count, (var.double() + mean.double().square()) * count
+    packed = torch.cat([means.flatten(), squares.flatten(), means.new_tensor([count])])
+    dist.all_reduce(packed, group=group)
+    total = packed[-1]
+    means, squares = (packed[:-1] / total).view(2, *mean.shape)
+    return means.to(mean.dtype), (squares - means.square()).clamp_min(0).to(var.dtype), int(total)
+
+
+def _split(weight: Tensor, kernels: Sequence[int]) -> list[Tensor]:
+    """The flat weights as (C, 1, K, K) each."""
+    channels = weight.numel() // sum(k * k for k in kernels)
+    return [
+        w.view(channels, 1, k, k)
+        for w, k in zip(weight.split([channels * k * k for k in kernels]), kernels, strict=True)
+    ]
+
+
+_STATIC = 'int[] kernel, int[] dilation, float[] eps, str backend'
+for _schema in (
+    f'dilated_reparam_forward(Tensor x, Tensor weight, Tensor gamma, Tensor beta, {_STATIC}) '
+    '-> (Tensor y, Tensor mean, Tensor var)',
+    f'dilated_reparam_stats(Tensor x, Tensor weight, int branches, {_STATIC}) -> (Tensor mean, Tensor var)',
+    'dilated_reparam_sums(Tensor grad, Tensor x, Tensor weight, Tensor gamma, Tensor mean, '
+    f'Tensor var, {_STATIC}) -> (Tensor grad_gamma, Tensor grad_beta)',
+    'dilated_reparam_backward(Tensor grad, Tensor x, Tensor weight, Tensor gamma, Tensor mean, '
+    f'Tensor var, Tensor? sum_gamma, Tensor? sum_beta, float count, bool needs_x, {_STATIC}) '
+    '-> (Tensor grad_x, Tensor grad_weight, Tensor grad_gamma, Tensor grad_beta)',
+):
+    _library.define(_schema, tags=_tags)
+
+
+def _is_compiled(x: Tensor, kernel: Sequence[int], backend: str) -> bool:
+    return backends.choose(backend, x, max(kernel)) == 'cpp' and len(kernel) <= _MAX_BRANCHES
+
+
+def _convolve(x: Tensor, weights: list[Tensor], dilation: Sequence[int], b: int, backend: str) -> Tensor:
+    """Output of branch b in the precision of its statistics."""
+    z = torch.ops.mmuni.depthwise_conv2d(x, weights[b], None, dilation[b], backend)
+    return z.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@torch.library.impl(_library, 'dilated_reparam_forward', 'CompositeExplicitAutograd')
+def _forward(
+    x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor,
+    kernel: list[int], dilation: list[int], eps: list[float], backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    y, mean, var = _forward_fake(x, weight, gamma, beta, kernel, dilation, eps, backend)
+    if _is_compiled(x, kernel, backend):
+        torch.ops.mmuni_cpu.block_forward(x, kernel, dilation, eps, weight, gamma.contiguous(), beta, mean, var, y)
+        return y, mean, var
+    weights = _split(weight, kernel)
+    total: Tensor | float = 0.0
+    for b in range(len(kernel)):
+        z = _convolve(x, weights, dilation, b, backend)
+        var[b], mean[b] = torch.var_mean(z, (0, 2, 3), correction=0)
+        total = total + F.batch_norm(z, mean[b], var[b], gamma[b], beta if b == 0 else None, eps=eps[b])
+    return y.copy_(total), mean, var
+
+
+@torch.library.register_fake('mmuni::dilated_reparam_forward', lib=_library)
+def _forward_fake(
+    x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor,
+    kernel: list[int], dilation: list[int], eps: list[float], backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(x), gamma.new_empty(gamma.shape), gamma.new_empty(gamma.shape)
+
+
+@torch.library.impl(_library, 'dilated_reparam_stats', 'CompositeExplicitAutograd')
+def _stats(
+    x: Tensor, weight: Tensor, branches: int,
+    kernel: list[int], dilation: list[int], eps: list[float], backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    mean, var = _stats_fake(x, weight, branches, kernel, dilation, eps, backend)
+    if _is_compiled(x, kernel, backend):
+        torch.ops.mmuni_cpu.block_forward(
+            x, kernel, dilation, eps, weight, torch.ones_like(mean), mean[0], mean, var, None
+        )
+        return mean, var
+    weights = _split(weight, kernel)
+    for b in range(branches):
+        z = _convolve(x, weights, dilation, b, backend)
+        var[b], mean[b] = torch.var_mean(z, (0, 2, 3), correction=0)
+    return mean, var
+
+
+@torch.library.register_fake('mmuni::dilated_reparam_stats', lib=_library)
+def _stats_fake(
+    x: Tensor, weight: Tensor, branches: int,
+    kernel: list[int], dilation: list[int], eps: list[float], backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return weight.new_empty(branches, x.shape[1]), weight.new_empty(branches, x.shape[1])
+
+
+@torch.library.impl(_library, 'dilated_reparam_sums', 'CompositeExplicitAutograd')
+def _sums(
+    grad: Tensor, x: Tensor, weight: Tensor, gamma: Tensor, mean: Tensor, var: Tensor,
+    kernel: list[int], dilation: list[int], eps: list[float], backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    sum_gamma, sum_beta = _sums_fake(grad, x, weight, gamma, mean, var, kernel, dilation, eps, backend)
+    if _is_compiled(x, kernel, backend):
+        torch.ops.mmuni_cpu.block_backward(
+            grad, x, kernel, dilation, eps, weight, gamma.contiguous(), mean, var, None, None, sum_gamma,
+            sum_beta, False, 1.0,
+        )  # fmt: skip
+        return sum_gamma, sum_beta
+    weights = _split(weight, kernel)
+    values = grad.to(gamma.dtype)
+    for b in range(len(kernel)):
+        z = _convolve(x, weights, dilation, b, backend)
+        sum_gamma[b] = (values * (z - mean[b].view(-1, 1, 1))).sum((0, 2, 3)) * torch.rsqrt(var[b] + eps[b])
+    return sum_gamma, sum_beta.copy_(values.sum((0, 2, 3)))
+
+
+@torch.library.register_fake('mmuni::dilated_reparam_sums', lib=_library)
+def _sums_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, gamma: Tensor, mean: Tensor, var: Tensor,
+    kernel: list[int], dilation: list[int], eps: list[float], backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return gamma.new_empty(gamma.shape), gamma.new_empty(gamma.shape[1])
+
+
+@torch.library.impl(_library, 'dilated_reparam_backward', 'CompositeExplicitAutograd')
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, gamma: Tensor, mean: Tensor, var: Tensor,
+    sum_gamma: Tensor | None, sum_beta: Tensor | None, count: float, needs_x: bool,
+    kernel: list[int], dilation: list[int], eps: list[float], backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_x, grad_weight = torch.empty_like(x) if needs_x else x.new_empty(0), torch.empty_like(weight)
+    if _is_compiled(x, kernel, backend):
+        grad_gamma = torch.empty_like(mean) if sum_gamma is None else sum_gamma.clone()
+        grad_beta = torch.empty_like(mean[0]) if sum_beta is None else sum_beta.clone()
+        torch.ops.mmuni_cpu.block_backward(
+            grad, x, kernel, dilation, eps, weight, gamma.contiguous(), mean, var, grad_x if needs_x else None,
+            grad_weight, grad_gamma, grad_beta, sum_gamma is not None, count,
+        )  # fmt: skip
+        return grad_x, grad_weight, grad_gamma, grad_beta
+    if sum_gamma is None or sum_beta is None:
+        sum_gamma, sum_beta = _sums(grad, x, weight, gamma, mean, var, kernel, dilation, eps, backend)
+    weights, grads = _split(weight, kernel), _split(grad_weight, kernel)
+    ops, total = torch.ops.mmuni, torch.zeros_like(x, dtype=gamma.dtype) if needs_x else None
+    centred = grad.to(gamma.dtype) - (sum_beta / count).view(-1, 1, 1)
+    for b in range(len(kernel)):
+        z = _convolve(x, weights, dilation, b, backend)
+        inverse = torch.rsqrt(var[b] + eps[b])
+        slope = (sum_gamma[b] * inverse / count).view(-1, 1, 1)
+        grad_z = (gamma[b] * inverse).view(-1, 1, 1) * (centred - slope * (z - mean[b].view(-1, 1, 1)))
+        wide = x.to(gamma.dtype)
+        grads[b].copy_(ops.depthwise_conv2d_weight_grad(wide, grad_z, kernel[b], dilation[b], backend))
+        if total is not None:
+            total += ops.depthwise_conv2d_input_grad(grad_z, weights[b], dilation[b], backend)
+    return grad_x if total is None else grad_x.copy_(total), grad_weight, sum_gamma.clone(), sum_beta.clone()
+
+
+@torch.library.register_fake('mmuni::dilated_reparam_backward', lib=_library)
+def _backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, gamma: Tensor, mean: Tensor, var: Tensor,
+    sum_gamma: Tensor | None, sum_beta: Tensor | None, count: float, needs_x: bool,
+    kernel: list[int], dilation: list[int], eps: list[float], backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_x = torch.empty_like(x) if needs_x else x.new_empty(0)
+    return grad_x, torch.empty_like(weight), gamma.new_empty(gamma.shape), gamma.new_empty(gamma.shape[1])
+
+
+@register_flop_formula(torch.ops.mmuni.dilated_reparam_forward)
+def _count_forward(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * x[0] * x[2] * x[3] * weight[0]
+
+
+@register_flop_formula(torch.ops.mmuni.dilated_reparam_backward)
+def _count_backward(grad: Any, x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 4 * x[0] * x[2] * x[3] * weight[0]

@@ -1,0 +1,59 @@
+"""Matrix products of the pointwise layers, by the quicker of the two libraries that torch brings for the CPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+__all__ = ['linear', 'product', 'without_autocast']
+
+Function = TypeVar('Function', bound=Callable)
+
+
+def without_autocast(backward: Function) -> Function:
+    """For the backward of an autograd function: what autocast had to cast, the forward pass has cast already."""
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, grad: Tensor, *rest: Any) -> Any:
+        with torch.autocast(grad.device.type, enabled=False):
+            return backward(ctx, grad, *rest)
+
+    return cast(Function, wrapped)
+
+
+@functools.cache
+def _onednn_is_faster() -> bool:
+    """Whether oneDNN multiplies float32 matrices faster than the library behind ``torch.mm``.
+
+    MKL leaves AVX-512 unused on processors that are not Intel's: oneDNN is 2.0 to 2.4 times faster on an AMD EPYC
+    (docs/benchmarks.md). Elsewhere both reach the machine's limit.
+    """
+    has_it = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+    return has_it and torch.backends.cpu.get_cpu_capability().startswith('AVX512')
+
+
+@torch.compiler.assume_constant_result
+def _prefers_onednn() -> bool:
+    return _onednn_is_faster()  # behind a cache, which the compiler would look through
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` without autograd: x (P, I), weight (O, I), bias (O,) -> (P, O)."""
+    if x.device.type == 'cpu' and x.dtype == torch.float32 and _prefers_onednn():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a.T @ b`` without autograd: (P, I) and (P, J) -> (I, J); quickest where I is the smaller."""
+    return linear(a.t(), b.t())
+
+
+@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+def _count_flops(x_shape: Any, weight_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * x_shape[0] * x_shape[1] * weight_shape[0]

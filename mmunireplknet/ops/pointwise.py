@@ -1,0 +1,286 @@
+"""The pointwise half of a block on the CPU: few passes over memory, and little kept for the backward pass.
+
+Both functions take (N, H, W, C) maps in contiguous memory and need the compiled kernels. Everything that depends on
+images and channels alone, (N, C), is computed here; what touches every pixel are the three kernels ``apply``, ``sums``
+and ``grad`` of ``csrc/cpu/pointwise.h``. Gradients are exact and cannot be differentiated again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .linear import linear, product, without_autocast
+
+__all__ = ['Statistics', 'gate', 'grn_mlp', 'normalize']
+
+
+def _sums(x: Tensor, grad: Tensor | None = None, pivot: Tensor | None = None, gelu: bool = False,
+          out: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Sums over the pixels, (N, C) each: of a and a^2, with ``grad`` of grad a and grad, for a = f(x) - pivot."""
+    result = x.new_empty((x.shape[0], 2, x.shape[-1]), dtype=torch.float32)
+    torch.ops.mmuni_cpu.sums(x, grad, pivot, out, result, gelu)
+    first, second = result.unbind(1)
+    return first, second
+
+
+def _apply(x: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None = None,
+           gelu: bool = False, out: Tensor | None = None) -> Tensor:  # fmt: skip
+    """f(x) * scale + shift + residual; the coefficients are (N, C)."""
+    out = torch.empty_like(x) if out is None else out
+    scale, shift = (None if t is None else t.contiguous() for t in (scale, shift))
+    torch.ops.mmuni_cpu.apply(x, scale, shift, residual, out, gelu)
+    return out
+
+
+def grn_mlp(
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, gamma: Tensor, beta: Tensor | None, weight2: Tensor,
+    bias2: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """``linear2(GRN(GELU(linear1(x))))``, keeping ``x`` and the output of ``linear1`` for the backward pass.
+
+    Args:
+        x: (N, H, W, C), contiguous.
+        weight1: (D, C).
+        bias1: (D,) or None.
+        gamma: (D,), of the GRN, https://arxiv.org/abs/2301.00808.
+        beta: (D,) or None.
+        weight2: (E, D).
+        bias2: (E,) or None.
+
+    Returns:
+        (N, H, W, E).
+    """
+    return _GrnMlp.apply(x, weight1, bias1, gamma.float(), None if beta is None else beta.float(), weight2, bias2)
+
+
+class _GrnMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor | None, gamma: Tensor, beta: Tensor | None,
+        weight2: Tensor, bias2: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        hidden = linear(x.flatten(0, 2), weight1, bias1).view(*x.shape[:3], -1)
+        y = torch.empty_like(hidden)
+        squares = _sums(hidden, gelu=True, out=y)[1]
+        norm = squares.sqrt()
+        mean = norm.mean(1, keepdim=True) + 1e-6
+        scale = gamma * norm / mean + 1
+        shift = None if beta is None else beta.expand_as(scale)
+        _apply(y, scale, shift, out=y)
+        ctx.save_for_backward(x, hidden, norm, weight1, gamma, beta, weight2)
+        ctx.has_bias = bias1 is not None, bias2 is not None
+        return linear(y.flatten(0, 2), weight2, bias2).view(*x.shape[:3], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @without_autocast
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        x, hidden, norm, weight1, gamma, beta, weight2 = ctx.saved_tensors
+        grad = grad.contiguous().flatten(0, 2)
+        mean = norm.mean(1, keepdim=True) + 1e-6
+        scale = gamma * norm / mean + 1
+        y = _apply(hidden, scale, None if beta is None else beta.expand_as(scale), gelu=True)
+        grad_weight2 = product(grad, y.flatten(0, 2))
+        grad_y = linear(grad, weight2.t()).view_as(hidden)
+        del y
+        grad_scale, grad_shift = _sums(hidden, grad_y, gelu=True)
+        grad_ratio = grad_scale * gamma
+        grad_norm = grad_ratio / mean - (grad_ratio * norm).mean(1, keepdim=True) / mean.square()
+        slope = torch.where(norm > 0, grad_norm / norm, 0.0)  # a channel without a signal has none to normalize
+        torch.ops.mmuni_cpu.grad(grad_y, hidden, scale, None, slope.contiguous(), grad_y, True)
+        grad_hidden = grad_y.flatten(0, 2)
+        return (
+            linear(grad_hidden, weight1.t()).view_as(x) if ctx.needs_input_grad[0] else None,
+            product(x.flatten(0, 2), grad_hidden).t(),
+            grad_hidden.sum(0) if ctx.has_bias[0] else None,
+            (grad_scale * norm / mean).sum(0),
+            None if beta is None else grad_shift.sum(0),
+            grad_weight2,
+            grad.sum(0) if ctx.has_bias[1] else None,
+        )
+
+
+class Statistics(NamedTuple):
+    """What a BN normalizes with: the statistics of the batch, or those that it has kept (``mean`` and ``var``)."""
+
+    eps: float
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    group: dist.ProcessGroup | None = None
+
+
+def normalize(
+    x: Tensor, weight: Tensor, bias: Tensor, statistics: Statistics, multiplier: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
+    """``BN(x) * multiplier + residual``.
+
+    Args:
+        x: (N, H, W, C), contiguous.
+        weight: (C,).
+        bias: (C,).
+        statistics: Those to normalize with.
+        multiplier: (N, C) or None for 1.
+        residual: (N, H, W, C), contiguous, or None.
+
+    Returns:
+        The map; mean and biased variance (C,) that were used, without gradient, and how many values they are of.
+    """
+    return _Normalize.apply(x, weight.float(), bias.float(), statistics, multiplier, residual)
+
+
+def gate(
+    x: Tensor, weight: Tensor, bias: Tensor, statistics: Statistics | None,
+    down: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
+    """Squeeze-and-Excitation of ``BN(x)``: ``b * sigmoid(up(relu(down(mean(b)))))`` with b = BN(x).
+
+    Args:
+        x: (N, H, W, C), contiguous.
+        weight: (C,).
+        bias: (C,).
+        statistics: Those to normalize with.
+        down: Weight (R, C) and bias (R,).
+        up: Weight (C, R) and bias (C,).
+
+    Returns:
+        As ``normalize``.
+    """
+    return _Gate.apply(x, weight.float(), bias.float(), statistics, *(t.float() for t in (*down, *up)))
+
+
+class _Moments(NamedTuple):
+    mean: Tensor  # (C,), to normalize with
+    var: Tensor
+    inverse: Tensor
+    pixels: int  # values of a channel in all processes
+    image_mean: Tensor  # (N, C), empty if not asked for
+
+
+def _moments(x: Tensor, statistics: Statistics, need_image_mean: bool) -> _Moments:
+    pixels = x.shape[1] * x.shape[2]
+    count, group = x.shape[0] * pixels, statistics.group
+    if statistics.mean is not None and statistics.var is not None:
+        mean, var = statistics.mean.float(), statistics.var.float()
+        image_mean = _sums(x)[0] / pixels if need_image_mean else mean.new_empty(0)
+    else:
+        pivot = x[0, 0, 0].float()  # near the mean, so that the squares do not cancel
+        first, second = _sums(x, pivot=pivot)
+        image_mean = first / pixels + pivot
+        first, second = first.double().sum(0), second.double().sum(0)
+        if count < 2 and group is None:
+            raise ValueError(
+                f'Expected more than 1 value per channel when training, got (N, H, W, C) {tuple(x.shape)}.'
+            )
+        if group is not None:
+            # The pivots differ; what crosses the processes are the plain moments, in float64.
+            second = second + 2 * pivot * first + count * pivot.double().square()
+            packed = torch.cat([first + count * pivot, second, first.new_tensor([count])])
+            dist.all_reduce(packed, group=group)
+            count, pivot = int(packed[-1]), torch.zeros_like(pivot)
+            first, second = packed[:-1].chunk(2)
+        offset = first / count
+        mean = (offset + pivot).float()
+        var = (second / count - offset.square()).clamp_min(0).float()
+    return _Moments(mean, var, torch.rsqrt(var + statistics.eps), count, image_mean)
+
+
+def _grad_normalize(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, m: _Moments, statistics: Statistics,
+    multiplier: Tensor | None, sums: tuple[Tensor, Tensor], grad_pooled: Tensor | None, need_x: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """Gradients for x, weight and bias, given sum(grad (x - mean)) and sum(grad) for every image and channel.
+
+    ``grad_pooled`` (N, C) is that of the mean of BN(x) over the pixels.
+    """
+    first, second = sums if multiplier is None else (multiplier * t for t in sums)
+    local = torch.stack([(first * m.inverse).sum(0), second.sum(0)])
+    if grad_pooled is not None:
+        local += torch.stack([(grad_pooled * (m.image_mean - m.mean) * m.inverse).sum(0), grad_pooled.sum(0)])
+    grad_weight, grad_bias = local
+    if not need_x:
+        return None, grad_weight, grad_bias
+    gain = weight * m.inverse
+    scale = gain.expand_as(first) if multiplier is None else gain * multiplier
+    shift = torch.zeros_like(first) if grad_pooled is None else gain * grad_pooled / (x.shape[1] * x.shape[2])
+    slope = None
+    if statistics.mean is None:
+        total = local
+        if statistics.group is not None:
+            total = local.clone()
+            dist.all_reduce(total, group=statistics.group)
+        tilt = gain * m.inverse * total[0] / m.pixels
+        shift = shift + m.mean * tilt - gain * total[1] / m.pixels
+        slope = -tilt.expand_as(first).contiguous()
+    grad_x = torch.empty_like(x)
+    torch.ops.mmuni_cpu.grad(grad, x, scale.contiguous(), shift.contiguous(), slope, grad_x, False)
+    return grad_x, grad_weight, grad_bias
+
+
+class _Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, statistics: Statistics, multiplier: Tensor | None,
+        residual: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
+        m = _moments(x, statistics, need_image_mean=False)
+        scale = (weight * m.inverse).expand(x.shape[0], -1)
+        shift = (bias - m.mean * weight * m.inverse).expand_as(scale)
+        if multiplier is not None:
+            scale, shift = scale * multiplier, shift * multiplier
+        ctx.save_for_backward(x, weight, bias, multiplier)
+        ctx.moments, ctx.statistics = m, statistics
+        ctx.mark_non_differentiable(m.mean, m.var)
+        return _apply(x, scale, shift, residual), m.mean, m.var, m.pixels
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @without_autocast
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
+        x, weight, bias, multiplier = ctx.saved_tensors
+        grad, m = grad.contiguous(), ctx.moments
+        sums = _sums(x, grad, m.mean)
+        grad_x, grad_weight, grad_bias = _grad_normalize(
+            grad, x, weight, bias, m, ctx.statistics, multiplier, sums, None, ctx.needs_input_grad[0]
+        )
+        grad_multiplier = None if multiplier is None else weight * m.inverse * sums[0] + bias * sums[1]
+        return grad_x, grad_weight, grad_bias, None, grad_multiplier, grad if ctx.needs_input_grad[5] else None
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, statistics: Statistics,
+        down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
+        m = _moments(x, statistics, need_image_mean=True)
+        gain = weight * m.inverse
+        pooled = gain * (m.image_mean - m.mean) + bias
+        squeezed = torch.addmm(down_bias, pooled, down.t()).relu_()
+        gates = torch.addmm(up_bias, squeezed, up.t()).sigmoid_()
+        ctx.save_for_backward(x, weight, bias, pooled, squeezed, gates, down, up)
+        ctx.moments, ctx.statistics = m, statistics
+        ctx.mark_non_differentiable(m.mean, m.var)
+        return _apply(x, gain * gates, (bias - m.mean * gain) * gates), m.mean, m.var, m.pixels
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @without_autocast
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
+        x, weight, bias, pooled, squeezed, gates, down, up = ctx.saved_tensors
+        grad, m = grad.contiguous(), ctx.moments
+        sums = _sums(x, grad, m.mean)
+        grad_gates = weight * m.inverse * sums[0] + bias * sums[1]
+        grad_up_out = grad_gates * gates * (1 - gates)
+        grad_down_out = (grad_up_out @ up) * (squeezed > 0)
+        grad_x, grad_weight, grad_bias = _grad_normalize(
+            grad, x, weight, bias, m, ctx.statistics, gates, sums, grad_down_out @ down, ctx.needs_input_grad[0]
+        )
+        return (
+            grad_x, grad_weight, grad_bias, None,
+            grad_down_out.t() @ pooled, grad_down_out.sum(0), grad_up_out.t() @ squeezed, grad_up_out.sum(0),
+        )  # fmt: skip

@@ -1,0 +1,286 @@
+"""Building the compiled kernels: when, where to, and what is said where it fails."""
+
+import importlib.metadata
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from mmunireplknet.ops import build
+
+WORKS = """
+import os, sys
+sys.stdout.write('compiled\\n')
+open(sys.argv[sys.argv.index('-o') + 1], 'w').write(' '.join(sys.argv))
+"""
+FAILS = "import sys\nsys.exit('conv.h:1: error: expected a semicolon')"
+FAILS_TO_LINK = "import sys\n'-shared' in sys.argv and sys.exit('ld: cannot find -ltorch_cpu')\n" + WORKS
+
+LOAD_AND_COMPUTE = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+x, weight = torch.randn(2, 19, 9, 20), torch.randn(19, 1, 13, 13)
+out = torch.empty_like(x)
+torch.ops.mmuni_cpu.forward(x, weight, None, out, 13, 1, False)
+exact = torch.nn.functional.conv2d(x.double(), weight.double(), padding=6, groups=19)
+assert (out - exact).norm() / exact.norm() < 1e-6
+"""
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Make ``CXX`` a Python program."""
+
+    def install(program: str) -> None:
+        file = tmp_path / 'compiler.py'
+        file.write_text(program)
+        monkeypatch.setenv('CXX', f'{sys.executable} -S {file}')
+
+    return install
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the sources in a package without a library, and an empty cache."""
+    here = tmp_path / 'ops'
+    shutil.copytree(build.SOURCES, here / 'csrc' / 'cpu')
+    monkeypatch.setattr(build, 'HERE', here)
+    monkeypatch.setattr(build, 'SOURCES', here / 'csrc' / 'cpu')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    build.library_name.cache_clear()
+    yield here
+    build.library_name.cache_clear()
+
+
+def name_now() -> str:
+    build.library_name.cache_clear()
+    return build.library_name()
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(f.name for f in folder.iterdir() if f.is_file()) if folder.exists() else []
+
+
+def test_name_follows_the_sources(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = name_now()
+    assert name_now() == first
+    header = build.SOURCES / 'conv.h'
+    text = header.read_text()
+    header.write_text(text + '\n')
+    changed = name_now()
+    (build.SOURCES / 'more.cpp').write_text('')
+    added = name_now()
+    (build.SOURCES / 'more.cpp').unlink()
+    header.write_text(text)
+    assert name_now() == first
+    monkeypatch.setattr(build, 'FLAGS', (*build.FLAGS, '-g'))
+    assert len({first, changed, added, name_now()}) == 4
+
+
+def test_name_follows_the_processor(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = name_now()
+    monkeypatch.setattr(build.platform, 'machine', lambda: 'riscv64')
+    assert name_now().endswith('-riscv64.so')
+    assert name_now() != first
+
+
+def test_a_library_of_other_sources_is_not_found(package: Path, compiler: Callable) -> None:
+    compiler(WORKS)
+    assert build.library_file() is None
+    assert build.build() == build.library_file()
+    (build.SOURCES / 'conv.h').write_text('// changed')
+    build.library_name.cache_clear()
+    assert build.library_file() is None
+
+
+def test_a_stale_library_goes(package: Path, compiler: Callable) -> None:
+    """That of other sources, and only once the new one is there; nothing else."""
+    machine = build.platform.machine()
+    stale, other, notes = (package / n for n in (f'mmuni_cpu-0123-{machine}.so', 'mmuni_cpu-0123-vax.so', 'notes.txt'))
+    for file in (stale, other, notes):
+        file.touch()
+    compiler(FAILS)
+    with pytest.raises(RuntimeError, match='did not compile'):
+        build.build()
+    assert stale.exists()
+    compiler(WORKS)
+    library = build.build()
+    assert files_in(package) == sorted([library.name, other.name, notes.name])
+
+
+def test_the_package_comes_before_the_cache(package: Path, compiler: Callable) -> None:
+    compiler(WORKS)
+    in_cache = build.build(build.cache_folder())
+    assert build.library_file() == in_cache
+    in_package = build.build()
+    assert in_package.parent == package
+    assert build.library_file() == in_package
+
+
+def test_a_package_that_is_read_only(package: Path, compiler: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler(WORKS)
+    monkeypatch.setattr(build.os, 'access', lambda path, mode: Path(path) != package)
+    library = build.build()
+    assert library.parent == build.cache_folder()
+    assert library == build.library_file()
+    assert files_in(package) == []
+
+
+def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'xdg'))
+    assert build.cache_folder() == tmp_path / 'xdg' / 'mmunireplknet' / 'ops'
+    monkeypatch.delenv('XDG_CACHE_HOME')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert build.cache_folder() == tmp_path / '.cache' / 'mmunireplknet' / 'ops'
+
+
+def test_commands(package: Path, compiler: Callable) -> None:
+    """Every source is compiled, with the flags and torch's headers; the library is linked from all of them."""
+    compiler(WORKS)
+    link = build.build().read_text().split()
+    assert '-shared' in link
+    assert len([a for a in link if a.endswith('.o')]) == len(list(build.SOURCES.glob('*.cpp'))) > 1
+
+
+def test_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('CXX', 'ccache "my g++" -m64')
+    assert build.compiler() == ['ccache', 'my g++', '-m64']
+    monkeypatch.delenv('CXX')
+    monkeypatch.setenv('PATH', str(tmp_path))
+    assert build.compiler() == []
+    for name in ('clang++', 'g++', 'c++'):  # the last to come is the first to be taken
+        (tmp_path / name).touch(mode=0o755)
+        assert build.compiler() == [str(tmp_path / name)]
+
+
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv('CXX', raising=False)
+    monkeypatch.setattr(build.shutil, 'which', lambda name: None)
+
+
+def on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.platform, 'system', lambda: 'Windows')
+
+
+def with_torch(version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(name: str) -> str:
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setenv('CXX', sys.executable)
+    monkeypatch.setattr(importlib.metadata, 'version', find)
+
+
+@pytest.mark.parametrize(
+    ('situation', 'reason'),
+    [
+        (without_compiler, 'there is no C++ compiler (install g++ or clang++, or set CXX)'),
+        (on_windows, 'not built on Windows'),
+        (partial(with_torch, None), 'torch is not installed where the build runs'),
+        (partial(with_torch, '2.9.1+cpu'), 'torch 2.9.1+cpu has no LibTorch stable ABI; it takes 2.10 or newer'),
+    ],
+)
+def test_why_not(
+    situation: Callable, reason: str, package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    situation(monkeypatch)
+    assert reason in build.why_not()
+    with pytest.raises(RuntimeError, match='The CPU kernels cannot be built: ') as caught:
+        build.build()
+    assert reason in str(caught.value)
+    monkeypatch.setattr(sys, 'argv', ['build'])
+    with pytest.raises(SystemExit, match='cannot be built'):
+        build.main()
+    assert files_in(package) == []
+
+
+@pytest.mark.parametrize('version', ['2.10.0', '2.10.0a0+git1234', '2.13.0+cpu', '3.0.0'])
+def test_torch_that_is_new_enough(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_torch(version, monkeypatch)
+    assert build.why_not() == ''
+
+
+@pytest.mark.parametrize(
+    ('program', 'message'), [(FAILS, 'expected a semicolon'), (FAILS_TO_LINK, 'cannot find -ltorch_cpu')]
+)
+def test_message_of_the_compiler(program: str, message: str, package: Path, compiler: Callable) -> None:
+    compiler(program)
+    with pytest.raises(RuntimeError, match=r'did not compile\.\n.*-o(.|\n)*' + message):
+        build.build()
+    assert files_in(package) == []
+
+
+def test_compiler_that_does_not_exist(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('CXX', '/nowhere/c++')
+    with pytest.raises(RuntimeError, match='/nowhere/c'):
+        build.build()
+
+
+def test_nothing_is_left_of_a_copy_that_fails(
+    package: Path, compiler: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(source: Path, target: Path) -> None:
+        Path(target).write_bytes(b'half')
+        raise OSError('no space left on device')
+
+    compiler(WORKS)
+    monkeypatch.setattr(build.shutil, 'copyfile', full_disk)
+    with pytest.raises((OSError, RuntimeError), match='no space left'):
+        build.build()
+    assert files_in(package) == []
+
+
+def test_a_library_that_is_there_is_replaced_whole(package: Path, compiler: Callable) -> None:
+    """Who has the old file open keeps it: it is another file, not one written over."""
+    compiler(WORKS)
+    library = build.build()
+    before = library.stat().st_ino
+    with library.open() as old:
+        text = old.read()
+        old.seek(0)
+        build.build()
+        assert old.read() == text
+        assert library.stat().st_ino != before
+    assert files_in(package) == [library.name]
+
+
+def test_main(
+    package: Path, compiler: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    compiler(WORKS)
+    monkeypatch.setattr(sys, 'argv', ['build'])
+    build.main()
+    file = build.library_file()
+    assert f'{file} built in ' in capsys.readouterr().out
+    compiler(FAILS)
+    build.main()
+    assert capsys.readouterr().out == f'{file} is up to date\n'
+    monkeypatch.setattr(sys, 'argv', ['build', '--force'])
+    with pytest.raises(SystemExit, match='expected a semicolon'):
+        build.main()
+
+
+def test_module_can_be_run_by_its_path(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """As setup.py does, and a user who has not got mmengine."""
+    monkeypatch.setattr(sys, 'argv', ['build.py', '--help'])
+    with pytest.raises(SystemExit, match='0'):
+        runpy.run_path(build.__file__, run_name='__main__')
+    assert 'python -m mmunireplknet.ops.build' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_real_build(tmp_path: Path) -> None:
+    """With the machine's own compiler, loaded by a process that has no other."""
+    if reason := build.why_not():
+        pytest.skip(reason)
+    library = build.build(tmp_path / 'new' / 'folder')
+    assert files_in(library.parent) == [build.library_name()]
+    command = [sys.executable, '-c', LOAD_AND_COMPUTE, str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
