@@ -16,20 +16,27 @@ struct Stack {
   MMUNI_INLINE Tile at(int64_t n) const { return shape.at(memory + n * shape.floats(height), 0, height); }
 };
 
-// Calls f(value, offset) for every pixel; f sees the same offset in all stacks of one shape. Sums of what f returns
-// are kept in single precision within a row and in double precision beyond.
+// Sum of f(offset) over all pixels; an offset means the same pixel in all stacks of one shape. The sum is kept in single
+// precision for some hundred pixels and in double precision beyond.
 template <typename F>
 MMUNI_INLINE Vec sum_pixels(const Stack& stack, F f) {
+  constexpr int PIXELS_IN_SINGLE = 256;
   double total[L] = {};
+  Vec part = {};
+  int pixels = 0;
+  const auto flush = [&] {
+    for (int c = 0; c < L; ++c) total[c] += part[c];
+    part = Vec{}, pixels = 0;
+  };
   for (int64_t n = 0; n < stack.images; ++n) {
     const Tile t = stack.at(n);
     for (int y = 0; y < stack.height; ++y) {
-      Vec row = {};
       const int64_t first = t.data - stack.memory + y * t.pitch;
-      for (int x = 0; x < t.width; ++x) row += f(first + x * L);
-      for (int c = 0; c < L; ++c) total[c] += row[c];
+      for (int x = 0; x < t.width; ++x) part += f(first + x * L);
+      if ((pixels += t.width) >= PIXELS_IN_SINGLE) flush();
     }
   }
+  flush();
   Vec result = {};
   for (int c = 0; c < L; ++c) result[c] = static_cast<float>(total[c]);
   return result;

@@ -38,49 +38,56 @@ using StripFunction = void (*)(const Strip&);
 // Numbers of taps that a row of an odd kernel is cut into, see for_strips.
 constexpr bool is_used(int taps) { return taps % 2 || taps > 6 || MAX_TAPS < 6; }
 
-template <int Q, int KB>
-struct Entry {
-  static void fill(StripFunction (&forward)[MAX_PIXELS + 1][MAX_TAPS + 1],
-                   StripFunction (&weight_grad)[MAX_PIXELS + 1][MAX_TAPS + 1]) {
-    if constexpr (is_used(KB)) {
-      forward[Q][KB] = forward_strip<Q, KB>;
-      weight_grad[Q][KB] = weight_grad_strip<Q, KB>;
-    }
-    if constexpr (Q > 1) Entry<Q - 1, KB>::fill(forward, weight_grad);
-    else if constexpr (KB > 1) Entry<MAX_PIXELS, KB - 1>::fill(forward, weight_grad);
-  }
+struct Table {
+  StripFunction dense[MAX_PIXELS + 1][MAX_TAPS + 1];
+  StripFunction spread[MAX_PIXELS + 1];  // three taps
 };
 
-// Function for Q pixels and KB taps.
-struct Table {
-  StripFunction forward[MAX_PIXELS + 1][MAX_TAPS + 1];
-  StripFunction weight_grad[MAX_PIXELS + 1][MAX_TAPS + 1];
-  Table() : forward{}, weight_grad{} { Entry<MAX_PIXELS, MAX_TAPS>::fill(forward, weight_grad); }
+template <int Q, int KB>
+void fill(Table& forward, Table& weight_grad) {
+  if constexpr (is_used(KB)) {
+    forward.dense[Q][KB] = forward_strip<Q, KB, false>;
+    weight_grad.dense[Q][KB] = weight_grad_strip<Q, KB, false>;
+  }
+  if constexpr (KB == 3) {
+    forward.spread[Q] = forward_strip<Q, KB, true>;
+    weight_grad.spread[Q] = weight_grad_strip<Q, KB, true>;
+  }
+  if constexpr (Q > 1) fill<Q - 1, KB>(forward, weight_grad);
+  else if constexpr (KB > 1) fill<MAX_PIXELS, KB - 1>(forward, weight_grad);
+}
+
+struct Tables {
+  Table forward, weight_grad;
+  Tables() : forward{}, weight_grad{} { fill<MAX_PIXELS, MAX_TAPS>(forward, weight_grad); }
 };
-const Table table;
+const Tables tables;
 
 MMUNI_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 MMUNI_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 MMUNI_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A map is cut into strips of equal width, separately for each remainder modulo the dilation.
-struct Cut {
-  int strips, pixels;
-  MMUNI_INLINE Cut(int width, int remainder, int dilation) {
-    const int columns = static_cast<int>(divide_up(width - remainder, dilation));
-    strips = static_cast<int>(divide_up(columns, MAX_PIXELS));
-    pixels = strips ? static_cast<int>(divide_up(columns, strips)) : 0;
+// How the columns of a map are shared out: by their remainder modulo `phases`, then into strips of equal width.
+struct Columns {
+  int width, reach, taps, phases;
+  // Taps further out than the map is wide meet nothing but zeros.
+  Columns(int width, int kernel, int dilation)
+      : width(width), reach(static_cast<int>(min(kernel / 2, (width - 1) / dilation))), taps(2 * reach + 1),
+        phases(taps <= 3 ? 1 : dilation) {}
+  MMUNI_INLINE int columns(int phase) const { return static_cast<int>(divide_up(width - phase, phases)); }
+  MMUNI_INLINE int strips(int phase) const { return static_cast<int>(divide_up(columns(phase), MAX_PIXELS)); }
+  MMUNI_INLINE int pixels(int phase) const {
+    return phase < width ? static_cast<int>(divide_up(columns(phase), strips(phase))) : 0;
   }
 };
 
 // Room beside the map that a convolution needs: what it reads, and where its last strips overhang.
 void make_room(Shape& shape, int kernel, int dilation) {
-  const int reach = dilation * (kernel / 2);
+  const Columns columns(shape.width, kernel, dilation);
+  const int reach = dilation * columns.reach;
   int end = shape.width;
-  for (int r = 0; r < dilation && r < shape.width; ++r) {
-    const Cut cut(shape.width, r, dilation);
-    end = static_cast<int>(max(end, r + dilation * (cut.strips * cut.pixels - 1) + 1));
-  }
+  for (int r = 0; r < columns.phases && r < shape.width; ++r)
+    end = static_cast<int>(max(end, r + columns.phases * (columns.strips(r) * columns.pixels(r) - 1) + 1));
   shape.margin = static_cast<int>(max(shape.margin, reach));
   shape.slack = static_cast<int>(max(shape.slack, reach + end - shape.width));
 }
@@ -96,22 +103,23 @@ void clear_margins(const Shape& shape, float* memory, int64_t rows) {
 }
 
 // Both directions: `out` is the result of the forward convolution, or the gradient that the weight gradient reads.
-MMUNI_INLINE void for_strips(const StripFunction (&functions)[MAX_PIXELS + 1][MAX_TAPS + 1], const Tile& x, float* w,
-                             const float* bias, int kernel, int dilation, const Tile& out, bool accumulate) {
-  // Taps further out than the map is wide meet nothing but zeros.
-  const int reach = static_cast<int>(min(kernel / 2, (x.width - 1) / dilation));
-  const int taps = 2 * reach + 1, groups = static_cast<int>(divide_up(taps, MAX_TAPS));
-  for (int r = 0; r < dilation && r < x.width; ++r) {
-    const Cut cut(x.width, r, dilation);
-    for (int s = 0; s < cut.strips; ++s) {
-      const int pixel = r + dilation * s * cut.pixels;
+MMUNI_INLINE void for_strips(const Table& table, const Tile& x, float* w, const float* bias, int kernel, int dilation,
+                             const Tile& out, bool accumulate) {
+  const Columns columns(x.width, kernel, dilation);
+  const int groups = static_cast<int>(divide_up(columns.taps, MAX_TAPS));
+  const bool spread = columns.taps == 3 && dilation > 1;
+  for (int r = 0; r < columns.phases && r < x.width; ++r) {
+    const int pixels = columns.pixels(r);
+    for (int s = 0; s < columns.strips(r); ++s) {
+      const int pixel = r + columns.phases * s * pixels;
       for (int g = 0; g < groups; ++g) {
-        const int first = g * taps / groups, end = (g + 1) * taps / groups;
+        const int first = g * columns.taps / groups, end = (g + 1) * columns.taps / groups;
         const Strip strip = {
-            x.data + (pixel + dilation * (first - reach)) * L, out.data + pixel * L,
-            w + (first - reach + kernel / 2) * L, bias, x.pitch, out.pitch, static_cast<int64_t>(kernel) * L,
-            dilation * L, kernel, dilation, x.row0, x.row1, out.row0, out.row1, accumulate || g > 0};
-        functions[cut.pixels][end - first](strip);
+            x.data + (pixel + dilation * (first - columns.reach)) * L, out.data + pixel * L,
+            w + (first - columns.reach + kernel / 2) * L, bias, x.pitch, out.pitch, static_cast<int64_t>(kernel) * L,
+            columns.phases * L, dilation * L, kernel, dilation, x.row0, x.row1, out.row0, out.row1,
+            accumulate || g > 0};
+        (spread ? table.spread[pixels] : table.dense[pixels][end - first])(strip);
       }
     }
   }
@@ -120,12 +128,12 @@ MMUNI_INLINE void for_strips(const StripFunction (&functions)[MAX_PIXELS + 1][MA
 // out = conv(x, w) + bias, or out += conv(x, w). Writes up to Shape::slack pixels behind each row.
 void convolve(const Tile& x, const float* w, const float* bias, int kernel, int dilation, const Tile& out,
               bool accumulate) {
-  for_strips(table.forward, x, const_cast<float*>(w), bias, kernel, dilation, out, accumulate);
+  for_strips(tables.forward, x, const_cast<float*>(w), bias, kernel, dilation, out, accumulate);
 }
 
 // w += the gradient for the kernel. The pixels behind each row of `grad` must be zero.
 void correlate(const Tile& x, const Tile& grad, int kernel, int dilation, float* w) {
-  for_strips(table.weight_grad, x, w, nullptr, kernel, dilation, grad, false);
+  for_strips(tables.weight_grad, x, w, nullptr, kernel, dilation, grad, false);
 }
 
 // Weights (C, K, K) of the block of channels from c0, to [tap][L] and back.

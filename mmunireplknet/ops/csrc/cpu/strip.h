@@ -1,7 +1,9 @@
 // The two inner loops of the depthwise convolution, on tiles: [row][pixel][L] floats, channels in the lanes.
 //
-// A strip is Q pixels wide and runs down the tile. KB neighbouring taps of a kernel row are held in registers, so
-// that a pixel, once loaded, meets all of them: Q * KB multiply-adds for Q + KB - 1 loads.
+// A strip is Q pixels wide and runs down the tile. KB neighbouring taps of a kernel row are held in registers. In a dense
+// strip the pixels are as far apart as the taps, so that a pixel, once loaded, meets all of them: Q * KB multiply-adds
+// for Q + KB - 1 loads. That leaves few pixels for small maps and wide dilations; a SPREAD strip takes neighbouring
+// pixels and loads one for every multiply-add.
 
 struct Strip {
   const float* x;       // input at row row0, at the pixel that tap 0 of output pixel 0 reads
@@ -11,7 +13,8 @@ struct Strip {
   int64_t pitch_x;      // floats from one input row to the next
   int64_t pitch_out;
   int64_t pitch_w;
-  int step;             // floats from one pixel to the next: dilation * L
+  int step;             // floats from one pixel to the next
+  int tap_step;         // floats from one tap to the next; the same in a dense strip
   int kernel;           // rows of the kernel
   int dilation;
   int row0;             // first input row that x points to ...
@@ -30,7 +33,26 @@ MMUNI_INLINE int last_row(const Strip& s, int y) {
   return room < 0 ? 0 : room / s.dilation + 1 < s.kernel ? room / s.dilation + 1 : s.kernel;
 }
 
-template <int Q, int KB>
+// Calls f(pixel, tap, value of the input there) for all of a row.
+template <int Q, int KB, bool SPREAD, typename F>
+MMUNI_INLINE void for_row(const Strip& s, const float* x, F f) {
+  if constexpr (SPREAD) {
+#pragma GCC unroll 16
+    for (int k = 0; k < KB; ++k)
+#pragma GCC unroll 16
+      for (int o = 0; o < Q; ++o) f(o, k, load(x + o * s.step + k * s.tap_step));
+  } else {
+#pragma GCC unroll 32
+    for (int j = 0; j < Q + KB - 1; ++j) {
+      const Vec v = load(x + j * s.step);
+#pragma GCC unroll 16
+      for (int o = 0; o < Q; ++o)
+        if (j - o >= 0 && j - o < KB) f(o, j - o, v);
+    }
+  }
+}
+
+template <int Q, int KB, bool SPREAD>
 void forward_strip(const Strip& s) {
   for (int y = s.y0; y < s.y1; ++y) {
     float* const out = s.out + (y - s.y0) * s.pitch_out;
@@ -45,21 +67,17 @@ void forward_strip(const Strip& s) {
       Vec tap[KB];
 #pragma GCC unroll 16
       for (int k = 0; k < KB; ++k) tap[k] = load(w + k * L);
-#pragma GCC unroll 32
-      for (int j = 0; j < Q + KB - 1; ++j) {
-        const Vec v = load(x + j * s.step);
-#pragma GCC unroll 16
-        for (int o = 0; o < Q; ++o)
-          if (j - o >= 0 && j - o < KB) acc[o] += v * tap[j - o < 0 || j - o >= KB ? 0 : j - o];
-      }
+      for_row<Q, KB, SPREAD>(s, x, [&](int o, int k, Vec v) __attribute__((always_inline)) { acc[o] += v * tap[k]; });
     }
 #pragma GCC unroll 16
     for (int o = 0; o < Q; ++o) store(out + o * s.step, acc[o]);
   }
 }
 
-template <int Q, int KB>
+template <int Q, int KB, bool SPREAD>
 void weight_grad_strip(const Strip& s) {
+  // A sum waits for itself: with few taps, several sums a tap keep the multipliers busy.
+  constexpr int SETS = MAX_TAPS < 6 ? 1 : KB < 4 ? 4 : KB < 8 ? 2 : 1;
   for (int y = s.y0; y < s.y1; ++y) {
     const float* const out = s.out + (y - s.y0) * s.pitch_out;
     Vec grad[Q];
@@ -69,18 +87,19 @@ void weight_grad_strip(const Strip& s) {
     for (int ky = first_row(s, y); ky < last; ++ky) {
       const float* const x = s.x + (y + s.dilation * (ky - s.kernel / 2) - s.row0) * s.pitch_x;
       float* const w = s.w + ky * s.pitch_w;
-      Vec acc[KB];
+      Vec acc[SETS][KB] = {};
 #pragma GCC unroll 16
-      for (int k = 0; k < KB; ++k) acc[k] = load(w + k * L);
-#pragma GCC unroll 32
-      for (int j = 0; j < Q + KB - 1; ++j) {
-        const Vec v = load(x + j * s.step);
+      for (int k = 0; k < KB; ++k) acc[0][k] = load(w + k * L);
+      for_row<Q, KB, SPREAD>(s, x, [&](int o, int k, Vec v) __attribute__((always_inline)) {
+        acc[o % SETS][k] += v * grad[o];
+      });
 #pragma GCC unroll 16
-        for (int k = 0; k < KB; ++k)
-          if (j - k >= 0 && j - k < Q) acc[k] += v * grad[j - k < 0 || j - k >= Q ? 0 : j - k];
+      for (int k = 0; k < KB; ++k) {
+        Vec sum = acc[0][k];
+#pragma GCC unroll 4
+        for (int set = 1; set < SETS; ++set) sum += acc[set][k];
+        store(w + k * L, sum);
       }
-#pragma GCC unroll 16
-      for (int k = 0; k < KB; ++k) store(w + k * L, acc[k]);
     }
   }
 }
