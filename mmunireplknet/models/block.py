@@ -139,7 +139,8 @@ class UniRepLKNetBlock(BaseModule):
         """``x + drop_path(gamma * norm(y))``, for y (N, H, W, C)."""
         scale = self.drop_path(x.new_ones(len(x), 1, 1, 1))
         if self.deploy:
-            return x + (y * scale if self.training else y).permute(0, 3, 1, 2)
+            y = (y * scale if self.training else y).permute(0, 3, 1, 2)
+            return x + y if torch.is_grad_enabled() else y.add_(x)
         norm = cast(_BatchNorm, self.pwconv2[2])
         scale = scale.flatten(1).float().expand(-1, x.shape[1])
         if self.gamma is not None:

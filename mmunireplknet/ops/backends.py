@@ -124,4 +124,4 @@ def _cpp_is_usable() -> bool:
 
 def _torch_is_faster(x: Tensor, kernel: int) -> bool:
     """Whether oneDNN wins: a 3x3 kernel on a large channels_last map, which is all memory traffic."""
-    return kernel == 3 and x.stride(1) == 1 and x.shape[2] * x.shape[3] > 1024
+    return kernel == 3 and x.dtype == torch.float32 and x.stride(1) == 1 and x.shape[2] * x.shape[3] > 1024

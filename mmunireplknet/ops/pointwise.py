@@ -54,17 +54,18 @@ def grn_mlp(
     Returns:
         (N, H, W, E).
     """
-    return _GrnMlp.apply(x, weight1, bias1, gamma.float(), None if beta is None else beta.float(), weight2, bias2)
+    beta = None if beta is None else beta.float()
+    return _GrnMlp.apply(x, weight1, bias1, gamma.float(), beta, weight2, bias2, torch.is_grad_enabled())
 
 
 class _GrnMlp(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor | None, gamma: Tensor, beta: Tensor | None,
-        weight2: Tensor, bias2: Tensor | None,
+        weight2: Tensor, bias2: Tensor | None, keep: bool,
     ) -> Tensor:  # fmt: skip
         hidden = linear(x.flatten(0, 2), weight1, bias1).view(*x.shape[:3], -1)
-        y = torch.empty_like(hidden)
+        y = torch.empty_like(hidden) if keep else hidden
         squares = _sums(hidden, gelu=True, out=y)[1]
         norm = squares.sqrt()
         mean = norm.mean(1, keepdim=True) + 1e-6
@@ -101,6 +102,7 @@ class _GrnMlp(torch.autograd.Function):
             None if beta is None else grad_shift.sum(0),
             grad_weight2,
             grad.sum(0) if ctx.has_bias[1] else None,
+            None,
         )
 
 
@@ -120,7 +122,7 @@ def normalize(
     """``BN(x) * multiplier + residual``.
 
     Args:
-        x: (N, H, W, C), contiguous.
+        x: (N, H, W, C), contiguous; overwritten where no gradient is recorded.
         weight: (C,).
         bias: (C,).
         statistics: Those to normalize with.
@@ -130,7 +132,8 @@ def normalize(
     Returns:
         The map; mean and biased variance (C,) that were used, without gradient, and how many values they are of.
     """
-    return _Normalize.apply(x, weight.float(), bias.float(), statistics, multiplier, residual)
+    keep = torch.is_grad_enabled()
+    return _Normalize.apply(x, weight.float(), bias.float(), statistics, multiplier, residual, keep)
 
 
 def gate(
@@ -225,7 +228,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, statistics: Statistics, multiplier: Tensor | None,
-        residual: Tensor | None,
+        residual: Tensor | None, keep: bool,
     ) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
         m = _moments(x, statistics, need_image_mean=False)
         scale = (weight * m.inverse).expand(x.shape[0], -1)
@@ -235,7 +238,7 @@ class _Normalize(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, multiplier)
         ctx.moments, ctx.statistics = m, statistics
         ctx.mark_non_differentiable(m.mean, m.var)
-        return _apply(x, scale, shift, residual), m.mean, m.var, m.pixels
+        return _apply(x, scale, shift, residual, out=None if keep else x), m.mean, m.var, m.pixels
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -248,7 +251,7 @@ class _Normalize(torch.autograd.Function):
             grad, x, weight, bias, m, ctx.statistics, multiplier, sums, None, ctx.needs_input_grad[0]
         )
         grad_multiplier = None if multiplier is None else weight * m.inverse * sums[0] + bias * sums[1]
-        return grad_x, grad_weight, grad_bias, None, grad_multiplier, grad if ctx.needs_input_grad[5] else None
+        return grad_x, grad_weight, grad_bias, None, grad_multiplier, grad if ctx.needs_input_grad[5] else None, None
 
 
 class _Gate(torch.autograd.Function):
