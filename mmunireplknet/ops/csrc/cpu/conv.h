@@ -92,6 +92,20 @@ void make_room(Shape& shape, int kernel, int dilation) {
   shape.slack = static_cast<int>(max(shape.slack, reach + end - shape.width));
 }
 
+// Whether a strip reaches beyond the map.
+bool overhangs(int width, int kernel, int dilation) {
+  const Columns columns(width, kernel, dilation);
+  for (int r = 0; r < columns.phases && r < width; ++r)
+    if (columns.strips(r) * columns.pixels(r) != columns.columns(r)) return true;
+  return false;
+}
+
+// The rows of `like` as they lie in a channels_last map of floats.
+Tile tile_of(const Map& map, int64_t n, int c0, const Tile& like) {
+  float* const data = reinterpret_cast<float*>(map.data) + n * map.stride_n + like.row0 * map.stride_h + c0;
+  return {data, map.stride_h, like.row0, like.row1, like.width, map.stride_w};
+}
+
 // Zeros around the map. Reading a tile never touches them, but a convolution writes into the slack of its output.
 void clear_slack(const Shape& shape, float* memory, int64_t rows) {
   for (int64_t y = 0; y < rows; ++y)
@@ -102,24 +116,36 @@ void clear_margins(const Shape& shape, float* memory, int64_t rows) {
   clear_slack(shape, memory, rows);
 }
 
+// Rows of a kernel that are gone through together: the rows of the map and the taps that they meet stay in the first cache.
+constexpr int MAX_KERNEL_ROWS = 16;
+
 // Both directions: `out` is the result of the forward convolution, or the gradient that the weight gradient reads.
 MMUNI_INLINE void for_strips(const Table& table, const Tile& x, float* w, const float* bias, int kernel, int dilation,
                              const Tile& out, bool accumulate) {
   const Columns columns(x.width, kernel, dilation);
   const int groups = static_cast<int>(divide_up(columns.taps, MAX_TAPS));
+  const int row_groups = static_cast<int>(divide_up(kernel, MAX_KERNEL_ROWS));
   const bool spread = columns.taps == 3 && dilation > 1;
+  const int distance = dilation / columns.phases;  // of two taps, in pixels of the same phase
   for (int r = 0; r < columns.phases && r < x.width; ++r) {
-    const int pixels = columns.pixels(r);
+    const int pixels = columns.pixels(r), available = columns.columns(r);
     for (int s = 0; s < columns.strips(r); ++s) {
-      const int pixel = r + columns.phases * s * pixels;
-      for (int g = 0; g < groups; ++g) {
+      for (int turn = 0; turn < groups * row_groups; ++turn) {
+        // The middle taps come first: every pixel meets them, so that they can start the sums.
+        const int g = (turn / row_groups + groups / 2) % groups, rows = turn % row_groups;
         const int first = g * columns.taps / groups, end = (g + 1) * columns.taps / groups;
+        // Of the others only the pixels that meet anything but the zeros around the map.
+        const int q0 = s * pixels, q1 = q0 + pixels;
+        const int from = turn < row_groups ? q0 : static_cast<int>(max(q0, (columns.reach - end + 1) * distance));
+        const int to = turn < row_groups ? q1 : static_cast<int>(min(q1, available + (columns.reach - first) * distance));
+        if (from >= to) continue;
+        const int pixel = r + columns.phases * from;
         const Strip strip = {
-            x.data + (pixel + dilation * (first - columns.reach)) * L, out.data + pixel * L,
+            x.data + (pixel + dilation * (first - columns.reach)) * L, out.data + pixel * out.step,
             w + (first - columns.reach + kernel / 2) * L, bias, x.pitch, out.pitch, static_cast<int64_t>(kernel) * L,
-            columns.phases * L, dilation * L, kernel, dilation, x.row0, x.row1, out.row0, out.row1,
-            accumulate || g > 0};
-        (spread ? table.spread[pixels] : table.dense[pixels][end - first])(strip);
+            columns.phases * L, dilation * L, columns.phases * out.step, kernel, rows * kernel / row_groups,
+            (rows + 1) * kernel / row_groups, dilation, x.row0, x.row1, out.row0, out.row1, accumulate || turn > 0};
+        (spread ? table.spread[to - from] : table.dense[to - from][end - first])(strip);
       }
     }
   }
@@ -196,21 +222,28 @@ void forward(const Forward& job, int64_t begin, int64_t end) {
   float* const weight = scratch.data + 2 * shape.floats(rows);
   float* const bias = weight + taps * L;
   clear_margins(shape, scratch.data, rows);
+  const int64_t blocks = divide_up(size.c, L);
+  const bool in_place = job.out.type == FLOAT && job.out.stride_c == 1 && !overhangs(size.w, job.kernel, job.dilation);
   int64_t packed = -1;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t block = task / (size.n * job.bands), n = task / job.bands % size.n;
+    // Blocks of channels that share their pixels follow one another, since in channels_last they share pages too.
+    const int64_t block = task % blocks, n = task / blocks / job.bands;
     const int c0 = static_cast<int>(block * L), channels = static_cast<int>(min(L, size.c - c0));
     if (packed != block) {
       pack_weight(job.weight, c0, channels, job.kernel, job.flip, weight);
       load_channels(job.bias, c0, channels, bias);
       packed = block;
     }
-    const Band band(size, job.bands, task % job.bands, reach);
+    const Band band(size, job.bands, task / blocks % job.bands, reach);
     const Tile x = shape.at(scratch.data, band.x0, band.x1);
     const Tile out = shape.at(scratch.data + shape.floats(rows), band.y0, band.y1);
     read_tile(job.x, n, c0, channels, x);
-    convolve(x, weight, bias, job.kernel, job.dilation, out, false);
-    write_tile(job.out, n, c0, channels, out);
+    if (in_place && channels == L) {
+      convolve(x, weight, bias, job.kernel, job.dilation, tile_of(job.out, n, c0, out), false);
+    } else {
+      convolve(x, weight, bias, job.kernel, job.dilation, out, false);
+      write_tile(job.out, n, c0, channels, out);
+    }
   }
 }
 

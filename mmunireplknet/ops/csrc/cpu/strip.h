@@ -13,9 +13,11 @@ struct Strip {
   int64_t pitch_x;      // floats from one input row to the next
   int64_t pitch_out;
   int64_t pitch_w;
-  int step;             // floats from one pixel to the next
+  int step;             // floats from one pixel of x to the next
   int tap_step;         // floats from one tap to the next; the same in a dense strip
-  int kernel;           // rows of the kernel
+  int64_t step_out;     // floats from one pixel of out to the next
+  int kernel;           // rows of the kernel ...
+  int ky0, ky1;         // ... and those of them that are wanted
   int dilation;
   int row0;             // first input row that x points to ...
   int row1;             // ... and the one behind the last
@@ -23,14 +25,16 @@ struct Strip {
   bool accumulate;      // forward: add to out instead of starting from the bias
 };
 
-// Rows ky of the kernel that meet a row inside [row0, row1) from output row y.
+// Wanted rows ky of the kernel that meet a row inside [row0, row1) from output row y.
 MMUNI_INLINE int first_row(const Strip& s, int y) {
-  const int top = y - s.dilation * (s.kernel / 2);
-  return top >= s.row0 ? 0 : (s.row0 - top + s.dilation - 1) / s.dilation;
+  const int missing = s.row0 - (y - s.dilation * (s.kernel / 2));
+  const int first = missing <= 0 ? 0 : (missing + s.dilation - 1) / s.dilation;
+  return first > s.ky0 ? first : s.ky0;
 }
 MMUNI_INLINE int last_row(const Strip& s, int y) {
   const int room = s.row1 - 1 - (y - s.dilation * (s.kernel / 2));
-  return room < 0 ? 0 : room / s.dilation + 1 < s.kernel ? room / s.dilation + 1 : s.kernel;
+  const int last = room < 0 ? 0 : room / s.dilation + 1;
+  return last < s.ky1 ? last : s.ky1;
 }
 
 // Calls f(pixel, tap, value of the input there) for all of a row.
@@ -59,7 +63,7 @@ void forward_strip(const Strip& s) {
     Vec acc[Q];
     const Vec start = s.bias ? load(s.bias) : Vec{};
 #pragma GCC unroll 16
-    for (int o = 0; o < Q; ++o) acc[o] = s.accumulate ? load(out + o * s.step) : start;
+    for (int o = 0; o < Q; ++o) acc[o] = s.accumulate ? load(out + o * s.step_out) : start;
     const int last = last_row(s, y);
     for (int ky = first_row(s, y); ky < last; ++ky) {
       const float* const x = s.x + (y + s.dilation * (ky - s.kernel / 2) - s.row0) * s.pitch_x;
@@ -70,7 +74,7 @@ void forward_strip(const Strip& s) {
       for_row<Q, KB, SPREAD>(s, x, [&](int o, int k, Vec v) __attribute__((always_inline)) { acc[o] += v * tap[k]; });
     }
 #pragma GCC unroll 16
-    for (int o = 0; o < Q; ++o) store(out + o * s.step, acc[o]);
+    for (int o = 0; o < Q; ++o) store(out + o * s.step_out, acc[o]);
   }
 }
 
@@ -82,7 +86,7 @@ void weight_grad_strip(const Strip& s) {
     const float* const out = s.out + (y - s.y0) * s.pitch_out;
     Vec grad[Q];
 #pragma GCC unroll 16
-    for (int o = 0; o < Q; ++o) grad[o] = load(out + o * s.step);
+    for (int o = 0; o < Q; ++o) grad[o] = load(out + o * s.step_out);
     const int last = last_row(s, y);
     for (int ky = first_row(s, y); ky < last; ++ky) {
       const float* const x = s.x + (y + s.dilation * (ky - s.kernel / 2) - s.row0) * s.pitch_x;

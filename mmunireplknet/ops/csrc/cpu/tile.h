@@ -5,6 +5,7 @@ struct Tile {
   int64_t pitch;  // floats from one row to the next
   int row0, row1;
   int width;
+  int64_t step = L;  // floats from one pixel to the next; more where the tile lies in a tensor
 };
 
 // Where a tile lies in its scratch memory, for maps of a width and the convolutions that read and write it.
