@@ -30,6 +30,9 @@ from .reparam import check_foldable, float64, fold_scale, norm_scale
 
 __all__ = ['UniRepLKNetBlock']
 
+FUSED_LAYERS = [SEBlock, nn.Conv2d, nn.Conv2d, NCHWtoNHWC, nn.Linear, nn.GELU, GRN, nn.Linear, NHWCtoNCHW]
+"""What the fused operators stand for, in the order of a block."""
+
 
 class UniRepLKNetBlock(BaseModule):
     """One block, (N, C, H, W) -> (N, C, H, W): ``x + DropPath(gamma * branch(x))``.
@@ -104,8 +107,10 @@ class UniRepLKNetBlock(BaseModule):
         """Whether the fused operators compute this: channels_last on the CPU, BN as norm, nobody listening inside."""
         if not backends.suits_cpp(x) or not x.is_contiguous(memory_format=torch.channels_last) or not x.numel():
             return False
-        inside = [*self.norm.modules(), *self.se.modules(), *self.pwconv1.modules(), *self.act.modules()]
-        if any(is_hooked(module) for module in [*inside, *self.pwconv2.modules()]):
+        layers = [self.se, *self.se.children(), *self.pwconv1, *self.act, *self.pwconv2]
+        if [type(layer) for layer in layers[: len(FUSED_LAYERS)]] != FUSED_LAYERS or layers[5].approximate != 'none':
+            return False  # somebody has put another one in its place
+        if any(is_hooked(m) for m in (self.norm, self.pwconv1, self.act, self.pwconv2, self.drop_path, *layers)):
             return False
         return self.deploy or (is_plain_bn(self.norm) and is_plain_bn(self.pwconv2[2]))
 

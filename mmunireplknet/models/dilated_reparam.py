@@ -137,7 +137,7 @@ class DilatedReparamBlock(BaseModule):
         super().__init__()
         self.deploy = deploy
         self.fused = fused
-        self._kept: tuple[tuple, Tensor, Tensor] | None = None
+        self._kept: tuple[list, list, Tensor, Tensor] | None = None
         self.lk_origin: nn.Conv2d = depthwise_conv(dim, kernel_size, bias=deploy)
         self.branches = check_branches(kernel_size, default_branches(kernel_size) if branches is None else branches)
         if deploy:
@@ -173,11 +173,15 @@ class DilatedReparamBlock(BaseModule):
         self._kept = None
         return super().train(mode)
 
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, '_kept': None}
+
     @staticmethod
     def _statistics(layers: list[tuple[nn.Conv2d, nn.Module]]) -> str:
         """'batch' or 'running', whichever all norms use; '' where the layers cannot be computed together."""
-        if any(is_hooked(conv) or is_hooked(norm) or not is_plain_bn(norm) for conv, norm in layers):
-            return ''
+        for conv, norm in layers:
+            if type(conv) is not DepthwiseConv2d or not is_plain_bn(norm) or is_hooked(conv) or is_hooked(norm):
+                return ''
         uses_batch = {norm.training or cast(_BatchNorm, norm).running_mean is None for _, norm in layers}
         return '' if len(uses_batch) > 1 else 'batch' if uses_batch.pop() else 'running'
 
@@ -191,18 +195,24 @@ class DilatedReparamBlock(BaseModule):
             [beta_of(norm) for norm in norms],
             [norm.eps for norm in norms],
             process_group_of(norms[0]),
+            cast(DepthwiseConv2d, self.lk_origin).backend,
         )
         update_running_statistics(norms, mean.unbind(), var.unbind(), count)
         return y
 
     def _forward_merged(self, x: Tensor, layers: list[tuple[nn.Conv2d, nn.Module]]) -> Tensor:
+        backend = cast(DepthwiseConv2d, self.lk_origin).backend
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return depthwise_conv2d(x, *_merge(layers))
+            return depthwise_conv2d(x, *_merge(layers), backend=backend)
         tensors = [t for conv, norm in layers for t in (conv.weight, *norm.parameters(), *norm.buffers())]
-        key = tuple((t.data_ptr(), t._version) for t in tensors if not t.is_inference())
-        if self._kept is None or self._kept[0] != key:
-            self._kept = (key, *_merge(layers))
-        return depthwise_conv2d(x, *self._kept[1:])
+        if any(t.is_inference() for t in tensors):  # they do not count their changes
+            return depthwise_conv2d(x, *_merge(layers), backend=backend)
+        state = [*((t._version, t.data_ptr()) for t in tensors), *(cast(_BatchNorm, norm).eps for _, norm in layers)]
+        kept = self._kept
+        # The tensors themselves are kept and compared: another one may lie where an old one lay.
+        if kept is None or kept[1] != state or any(a is not b for a, b in zip(kept[0], tensors, strict=True)):
+            kept = self._kept = (tensors, state, *_merge(layers))
+        return depthwise_conv2d(x, *kept[2:], backend=backend)
 
     def merged(self) -> tuple[Tensor, Tensor]:
         """Kernel (C, 1, K, K) and bias (C,), float64 on the CPU, of the one equivalent convolution.

@@ -145,7 +145,8 @@ class FrozenRunningStatistics:
 
 def is_hooked(layer: nn.Module) -> bool:
     """Whether somebody wants to see what goes through ``layer``."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return any(hooks)
 
 
 def is_plain_bn(norm: nn.Module) -> bool:

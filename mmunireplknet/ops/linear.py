@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .. import compat
+
 __all__ = ['linear', 'product', 'without_autocast']
 
 Function = TypeVar('Function', bound=Callable)
@@ -20,7 +22,7 @@ def without_autocast(backward: Function) -> Function:
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, grad: Tensor, *rest: Any) -> Any:
-        with torch.autocast(grad.device.type, enabled=False):
+        with torch.autocast(compat.autocast_device(grad), enabled=False):
             return backward(ctx, grad, *rest)
 
     return cast(Function, wrapped)

@@ -223,7 +223,9 @@ void forward(const Forward& job, int64_t begin, int64_t end) {
   float* const bias = weight + taps * L;
   clear_margins(shape, scratch.data, rows);
   const int64_t blocks = divide_up(size.c, L);
-  const bool in_place = job.out.type == FLOAT && job.out.stride_c == 1 && !overhangs(size.w, job.kernel, job.dilation);
+  // Written once, a row goes where it belongs; written several times, it stays in a tile until it is done.
+  const bool in_place = job.out.type == FLOAT && job.out.stride_c == 1 && job.kernel <= MAX_TAPS &&
+                        !overhangs(size.w, job.kernel, job.dilation);
   int64_t packed = -1;
   for (int64_t task = begin; task < end; ++task) {
     // Blocks of channels that share their pixels follow one another, since in channels_last they share pages too.

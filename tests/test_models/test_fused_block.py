@@ -1,0 +1,394 @@
+"""Fused blocks and backbones against the same computed layer by layer, in float64."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmunireplknet.models.block import UniRepLKNetBlock
+from mmunireplknet.models.dilated_reparam import DilatedReparamBlock
+
+from ..procedural import image, relative_error
+from ..test_ops.conftest import cpp  # noqa: F401
+from .fused_cases import DIM, block, check, check_model, differences, figures, layered, map_of, reference, results
+from .tiny import blocks, tiny
+
+pytestmark = pytest.mark.usefixtures('cpp')
+KERNELS = (3, 5, 13)
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was computed fused: 'block', and of its Dilated Reparam Block 'batch' or 'merged'."""
+    calls: list[str] = []
+
+    def spy(method: Callable, label: str) -> Callable:
+        def call(*args: object) -> Tensor:
+            calls.append(label)
+            return method(*args)
+
+        return call
+
+    for cls, name, label in (
+        (UniRepLKNetBlock, '_forward_fused', 'block'),
+        (DilatedReparamBlock, '_forward_batch', 'batch'),
+        (DilatedReparamBlock, '_forward_merged', 'merged'),
+    ):
+        monkeypatch.setattr(cls, name, spy(getattr(cls, name), label))
+    monkeypatch.delenv('MMUNI_DW_BACKEND', raising=False)
+    return calls
+
+
+# ------------------------------------------------------------------------------------------ modes
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval', 'norm_eval'])
+@pytest.mark.parametrize('kernel', KERNELS)
+def test_modes(kernel: int, mode: str, fused: list[str]) -> None:
+    model, x = block(kernel).train(mode != 'eval'), map_of()
+    for module in model.modules():
+        if mode == 'norm_eval' and isinstance(module, _BatchNorm):
+            module.eval()
+    check_model(model, x)
+    large = ['batch' if mode == 'train' else 'merged'] if kernel == 13 else []
+    assert fused == ['block', *large]
+
+
+@pytest.mark.parametrize('still', ['norm', 'pwconv2.2', 'dwconv.origin_bn', 'dwconv.dil_bn_k3_5'])
+@pytest.mark.parametrize('training', [True, False])
+def test_one_norm_in_another_mode(still: str, training: bool, fused: list[str]) -> None:
+    model, x = block().train(training), map_of()
+    model.get_submodule(still).train(not training)
+    check_model(model, x)
+    assert fused[0] == 'block'
+    assert len(fused) == (1 if 'dwconv' in still else 2)  # branches of both kinds are computed one by one
+
+
+@pytest.mark.parametrize('kernel', KERNELS)
+def test_deploy_form(kernel: int, fused: list[str]) -> None:
+    """Folded from the training form; with and without gradients, and with a drop path in training."""
+    model, x = block(kernel, drop_path_rate=0.5).eval(), map_of(8)
+    exact = layered(model).double()(x.double()).detach()
+    model.switch_to_deploy()
+    with torch.no_grad():
+        assert relative_error(model(x), exact) < 1e-5
+    assert relative_error(model(x).detach(), exact) < 1e-5
+    check_model(model, x)
+    model.train()
+    check(results(model, x), results(layered(model), x), 2e-5)
+    assert fused == ['block'] * 4
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval', 'deploy'])
+def test_without_gradients(mode: str, fused: list[str]) -> None:
+    """Maps in between are overwritten then; the input is not, and outputs and statistics are the same."""
+    model = tiny(deploy=mode == 'deploy').train(mode == 'train')
+    other, x = layered(model), image((2, 3, 64, 64)).contiguous(memory_format=torch.channels_last)
+    kept = x.clone()
+    maps: list[Tensor] = []
+    for part in blocks(model):
+        part.register_forward_hook(lambda _, args, y: maps.extend((args[0], args[0].clone(), y, y.clone())))
+    with torch.no_grad():
+        outs, expected = model(x), other(x)
+    assert torch.equal(x, kept)
+    assert len(maps) == 24
+    assert all(torch.equal(a, b) for a, b in zip(maps[::2], maps[1::2], strict=True))
+    for a, b in zip(outs, expected, strict=True):
+        assert relative_error(a, b) < 1e-5
+    for (name, a), b in zip(model.named_buffers(), other.buffers(), strict=True):
+        assert relative_error(a, b) < 1e-6 or torch.equal(a, b), name
+    assert fused.count('block') == 6
+
+
+# ------------------------------------------------------------------------------------------ options
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(layer_scale_init_value=None),
+        dict(branches=()),
+        dict(branches=[(5, 1), (3, 2)]),
+        dict(norm_cfg=dict(type='BN', affine=False)),
+        dict(norm_cfg=dict(type='BN', momentum=None)),
+        dict(norm_cfg=dict(type='BN', momentum=0.3, eps=0.1)),
+        dict(norm_cfg=dict(type='BN', track_running_stats=False)),
+        dict(norm_cfg=dict(type='BN', requires_grad=False)),
+        dict(norm_cfg=dict(type='SyncBN')),  # without a process group
+        dict(with_cp=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize('training', [True, False])
+def test_options(options: dict, training: bool, fused: list[str]) -> None:
+    """Over two steps, so that the second sees the running statistics of the first."""
+    model, x = block(7, **options).train(training), map_of()
+    expected = reference(model, x, steps=2)
+    results(model, x)
+    check(results(model, x), expected)
+    counts = {int(b) for name, b in model.named_buffers() if 'tracked' in name}
+    assert counts <= {2 if training else 0}
+    assert fused.count('block') == (4 if options.get('with_cp') else 2)
+
+
+def test_running_statistics() -> None:
+    """Equal to those of the layers, within 1e-6."""
+    model = block()
+    other = layered(model)
+    for seed in range(3):
+        found, expected = (results(m, map_of(seed=seed)) for m in (model, other))
+    assert len(found.buffers) == 3 * 8
+    for name, b in found.buffers.items():
+        assert relative_error(b, expected.buffers[name]) < 1e-6, name
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('with_cp', [True, False])
+def test_drop_path(training: bool, with_cp: bool) -> None:
+    """The same seed drops the same samples; those that are dropped pass unchanged."""
+    model, x = block(drop_path_rate=0.5, with_cp=with_cp).train(training), map_of(8)
+    other = layered(model)
+    for seed in range(3):
+        found = results(model, x, seed)
+        check(found, results(other, x, seed), 2e-5)
+    dropped = [torch.equal(a, b) for a, b in zip(found.outputs[0], x, strict=True)]
+    assert any(dropped) == training
+    assert not all(dropped)
+
+
+@pytest.mark.parametrize('frozen', ['', 'dwconv', 'norm', 'se', 'pwconv1', 'act', 'pwconv2', 'gamma'])
+@pytest.mark.parametrize('training', [True, False])
+def test_frozen_parameters(frozen: str, training: bool) -> None:
+    """They get no gradient, and the others the same as ever; '' freezes all, which leaves that of the input."""
+    model, x = block(7).train(training), map_of()
+    expected = reference(model, x)
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.startswith(frozen))
+    found = results(model, x)
+    assert found.grads.keys() == {name for name in expected.grads if not name.startswith(frozen)}
+    check(found, expected._replace(grads={name: expected.grads[name] for name in found.grads}))
+
+
+def test_input_without_gradient() -> None:
+    model, x = block(), map_of()
+    expected = reference(model, x)
+    model(x).backward(image(tuple(x.shape), 9))
+    assert x.grad is None
+    found = expected._replace(grads={name: p.grad for name, p in model.named_parameters()})
+    check(found, expected)
+
+
+@pytest.mark.parametrize('shape', [(1, DIM, 7, 7), (2, DIM, 1, 1), (5, DIM, 3, 2), (1, DIM, 40, 33)], ids=str)
+@pytest.mark.parametrize('training', [True, False])
+def test_sizes(shape: tuple, training: bool) -> None:
+    model = block().train(training)
+    x = image(shape).contiguous(memory_format=torch.channels_last)
+    expected, own = reference(model, x), results(layered(model), x)
+    found, limits = differences(results(model, x), expected), differences(own, expected)
+    # Two values a channel leave gradients that are all but cancelled: there the layers are no more exact.
+    assert {n: e for n, e in found.items() if not e < 1e-5 + 3 * limits[n]} == {}
+
+
+def test_no_images() -> None:
+    x = map_of()[:0]
+    assert block().eval()(x).shape == x.shape
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        block()(x)
+
+
+# ------------------------------------------------------------------------------------------ what is not fused
+
+
+def test_contiguous_maps_are_computed_by_the_layers(fused: list[str]) -> None:
+    model, x = block(), map_of().contiguous()
+    check_model(model, x)
+    assert fused == ['batch']
+
+
+@pytest.mark.parametrize('norm_cfg', [dict(type='GN', num_groups=3), dict(type='LN')], ids=str)
+@pytest.mark.parametrize('training', [True, False])
+def test_other_norms(norm_cfg: dict, training: bool, fused: list[str]) -> None:
+    model, x = block(norm_cfg=norm_cfg).train(training), map_of()
+    check_model(model, x)
+    assert fused == []
+
+
+def test_an_unknown_subclass_of_bn(fused: list[str]) -> None:
+    """It might compute anything, and this one does."""
+
+    class Twice(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model, x = block(), map_of()
+    model.norm.__class__ = Twice
+    check_model(model, x)
+    assert fused == ['batch']
+    model.dwconv.origin_bn.__class__ = Twice
+    check_model(model, x)
+    assert fused == ['batch']
+
+
+@pytest.mark.parametrize(
+    'name', ['act.0', 'act.1', 'pwconv1.1', 'pwconv2.0', 'se', 'se.down', 'dwconv.lk_origin', 'dwconv.dil_conv_k3_4']
+)
+def test_a_replaced_layer_is_computed(name: str) -> None:
+    """An adapter, or another activation, put in the place of a layer."""
+    model, x = block().eval(), map_of()
+    layer = model.get_submodule(name)
+
+    class Adapted(type(layer)):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 1.5
+
+    layer.__class__ = Adapted
+    error = relative_error(model(x).detach(), layered(model)(x).detach())
+    assert error < 1e-5
+
+
+INSIDE = ['dwconv.lk_origin', 'dwconv.origin_bn', 'dwconv.dil_bn_k3_4', 'norm', 'se', 'se.down', 'pwconv1.1', 'act']
+INSIDE += ['act.0', 'act.1', 'pwconv2', 'pwconv2.0', 'pwconv2.2']
+
+
+@pytest.mark.parametrize('name', INSIDE)
+@pytest.mark.parametrize('training', [True, False])
+def test_a_hook_inside_is_called(name: str, training: bool, fused: list[str]) -> None:
+    """With the map that the layer computes, in this block and not in others; removed, it is fused again."""
+    models, x = [block(), block()], map_of()
+    chain = nn.Sequential(*models).train(training)
+    expected, seen = reference(chain, x), []
+    handle = models[0].get_submodule(name).register_forward_hook(lambda _, args, y: seen.append((args[0], y)))
+    check(results(chain, x), expected, 3e-5)
+    assert len(seen) == 1
+    assert all(t.shape[0] == 3 and t.numel() >= 3 for t in seen[0])
+    assert fused.count('block') == (2 if 'dwconv' in name else 1)
+    handle.remove()
+    results(chain, x)
+    assert len(seen) == 1
+    assert fused.count('block') == (4 if 'dwconv' in name else 3)
+
+
+@pytest.mark.parametrize(
+    'register',
+    ['register_forward_pre_hook', 'register_full_backward_hook', 'register_full_backward_pre_hook'],
+)
+def test_every_kind_of_hook_is_called(register: str) -> None:
+    model, seen = block(), []
+    for name in ('pwconv1.1', 'dwconv.lk_origin'):
+        getattr(model.get_submodule(name), register)(lambda *args: seen.append(len(args)))
+    results(model, map_of())
+    assert len(seen) == 2
+
+
+def test_a_hook_on_the_drop_path_sees_the_map() -> None:
+    model, seen = block(drop_path_rate=0.5), []
+    model.drop_path.register_forward_hook(lambda _, args, y: seen.append(y.shape))
+    model(map_of())
+    assert seen == [map_of().shape]
+
+
+def test_fused_is_an_option(fused: list[str]) -> None:
+    check_model(block(fused=False), map_of())
+    results(tiny(fused=False).train(), image((2, 3, 64, 64)))
+    assert fused == []
+
+
+def test_torch_as_backend(fused: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the compiled kernels is used; the Dilated Reparam Block is one operator all the same."""
+    monkeypatch.setenv('MMUNI_DW_BACKEND', 'torch')
+    for name in ('apply', 'sums', 'forward', 'block_forward'):
+        monkeypatch.setattr(torch.ops.mmuni_cpu, name, None)
+    for training in (True, False):
+        model, x = block().train(training), map_of()
+        check_model(model, x)
+    assert fused == ['batch', 'merged']
+
+
+def test_it_cannot_be_differentiated_twice() -> None:
+    for model in (block(), block(3)):
+        x = map_of().requires_grad_()
+        (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match='once_differentiable'):
+            grad.sum().backward()
+
+
+# ------------------------------------------------------------------------------------------ dtypes
+
+
+def test_double_precision(fused: list[str]) -> None:
+    model, x = block().double(), map_of().double()
+    check_model(model, x, 1e-10)
+    assert fused == ['batch']
+
+
+def compare_16_bits(model: nn.Module, dtype: torch.dtype, autocast: bool) -> None:
+    """Means over some inputs of the errors against float64: those of fused blocks are no larger than of the layers."""
+    errors = torch.zeros(2, 4)
+    for seed in range(4):
+        x = map_of(seed=seed).to(torch.float32 if autocast else dtype)
+        exact = reference(model, x)
+        for i, net in enumerate((copy.deepcopy(model), layered(model))):
+            with torch.autocast('cpu', dtype, enabled=autocast):
+                actual = results(net, x)
+            assert {t.dtype for t in actual.grads.values()} == {model.norm.weight.dtype}
+            errors[i] += torch.tensor(figures(actual, exact))
+    assert (errors[0] <= errors[1] * 1.05 + 1e-5).all(), errors / 4
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('kernel', [3, 13])
+def test_autocast(kernel: int, dtype: torch.dtype, training: bool, fused: list[str]) -> None:
+    compare_16_bits(block(kernel).train(training), dtype, autocast=True)
+    assert fused[0] == 'block'
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('kernel', [3, 13])
+def test_parameters_in_bfloat16(kernel: int, training: bool, fused: list[str]) -> None:
+    compare_16_bits(block(kernel).train(training).bfloat16(), torch.bfloat16, autocast=False)
+    assert fused[0] == 'block'
+
+
+# ------------------------------------------------------------------------------------------ backbones
+
+
+@pytest.mark.parametrize(
+    'options',
+    [{}, dict(norm_eval=True), dict(frozen_stages=2), dict(drop_path_rate=0.4), dict(with_cp=True), dict(deploy=True)],
+    ids=str,
+)
+@pytest.mark.parametrize('training', [True, False])
+def test_backbone(options: dict, training: bool, fused: list[str]) -> None:
+    model, x = tiny(**options).train(training), image((3, 3, 64, 64))
+    other = layered(model)
+    for seed in range(2):
+        found, expected = results(model, x, seed), results(other, x, seed)
+    assert max(figures(found, expected)) < 2e-5  # single precision on both sides, over six blocks and two steps
+    assert all(torch.equal(b, expected.buffers[name]) for name, b in found.buffers.items() if 'tracked' in name)
+    assert fused.count('block') >= 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', [torch.optim.SGD, torch.optim.AdamW])
+def test_fifty_steps(kind: type, fused: list[str]) -> None:
+    """Losses agree to 1e-4 at every step, and do fall."""
+    x, target = image((4, 3, 64, 64)), image((4, 20, 2, 2), 1)
+    losses = []
+    for options in ({}, dict(fused=False)):
+        model = tiny(out_indices=(3,), **options).train()
+        rate = dict(lr=0.02, momentum=0.9) if kind is torch.optim.SGD else dict(lr=1e-3)
+        optimizer = kind([p for p in model.parameters() if p.requires_grad], **rate)
+        losses.append([])
+        for _ in range(50):
+            optimizer.zero_grad()
+            loss = (model(x)[0] - target).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < 0.8 * losses[0][0]
+    assert fused.count('block') == 50 * 6
