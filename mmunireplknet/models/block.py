@@ -31,7 +31,8 @@ from .reparam import check_foldable, float64, fold_scale, norm_scale
 __all__ = ['UniRepLKNetBlock']
 
 FUSED_LAYERS = [SEBlock, nn.Conv2d, nn.Conv2d, NCHWtoNHWC, nn.Linear, nn.GELU, GRN, nn.Linear, NHWCtoNCHW]
-"""What the fused operators stand for, in the order of a block."""
+"""What the fused operators stand for, in the order of a block; the training form has its last BN behind them."""
+DROP_PATHS = (DropPath, nn.Identity)
 
 
 class UniRepLKNetBlock(BaseModule):
@@ -108,7 +109,8 @@ class UniRepLKNetBlock(BaseModule):
         if not backends.suits_cpp(x) or not x.is_contiguous(memory_format=torch.channels_last) or not x.numel():
             return False
         layers = [self.se, *self.se.children(), *self.pwconv1, *self.act, *self.pwconv2]
-        if [type(layer) for layer in layers[: len(FUSED_LAYERS)]] != FUSED_LAYERS or layers[5].approximate != 'none':
+        types = [type(layer) for layer in (layers if self.deploy else layers[:-1])]
+        if types != FUSED_LAYERS or layers[5].approximate != 'none' or type(self.drop_path) not in DROP_PATHS:
             return False  # somebody has put another one in its place
         if any(is_hooked(m) for m in (self.norm, self.pwconv1, self.act, self.pwconv2, self.drop_path, *layers)):
             return False

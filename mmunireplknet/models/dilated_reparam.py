@@ -207,12 +207,11 @@ class DilatedReparamBlock(BaseModule):
         tensors = [t for conv, norm in layers for t in (conv.weight, *norm.parameters(), *norm.buffers())]
         if any(t.is_inference() for t in tensors):  # they do not count their changes
             return depthwise_conv2d(x, *_merge(layers), backend=backend)
-        state = [*((t._version, t.data_ptr()) for t in tensors), *(cast(_BatchNorm, norm).eps for _, norm in layers)]
-        kept = self._kept
-        # The tensors themselves are kept and compared: another one may lie where an old one lay.
-        if kept is None or kept[1] != state or any(a is not b for a, b in zip(kept[0], tensors, strict=True)):
-            kept = self._kept = (tensors, state, *_merge(layers))
-        return depthwise_conv2d(x, *kept[2:], backend=backend)
+        key = [*((t._version, t.data_ptr()) for t in tensors), *(cast(_BatchNorm, norm).eps for _, norm in layers)]
+        if self._kept is None or self._kept[0] != key:
+            # The aliases hold the memory, so that no other tensor comes to lie at its address.
+            self._kept = (key, [t.detach() for t in tensors], *_merge(layers))
+        return depthwise_conv2d(x, *self._kept[2:], backend=backend)
 
     def merged(self) -> tuple[Tensor, Tensor]:
         """Kernel (C, 1, K, K) and bias (C,), float64 on the CPU, of the one equivalent convolution.

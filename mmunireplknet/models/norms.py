@@ -65,11 +65,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` (N, C, ...) with the statistics of all processes."""
-        synchronised = dist.is_available() and dist.is_initialized()
-        if self.training and not synchronised and not SyncBatchNorm._told:
-            SyncBatchNorm._told = True
-            print_log('SyncBN without a process group: it normalizes like BN.', logger='current')
-        if not self.training or not synchronised or dist.get_world_size(self.process_group) == 1:
+        if not self.training or process_group_of(self) is None:
             return super().forward(x)
         return nn.SyncBatchNorm.forward(cast(Any, self), x) if x.is_cuda else self._forward_synchronised(x)
 
@@ -170,8 +166,13 @@ def _device_of(norm: _BatchNorm) -> torch.device | None:
 
 
 def process_group_of(norm: _BatchNorm) -> dist.ProcessGroup | None:
-    """The processes that ``norm`` takes its statistics over; None for this one alone."""
-    if not isinstance(norm, nn.SyncBatchNorm | SyncBatchNorm) or not (dist.is_available() and dist.is_initialized()):
+    """The processes that ``norm``, in training, takes its statistics over; None for this one alone."""
+    if not isinstance(norm, nn.SyncBatchNorm | SyncBatchNorm):
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        if not SyncBatchNorm._told:
+            SyncBatchNorm._told = True
+            print_log('SyncBN without a process group: it normalizes like BN.', logger='current')
         return None
     group = norm.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None

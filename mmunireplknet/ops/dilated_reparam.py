@@ -316,11 +316,14 @@ def _backward_fake(
     return grad_x, torch.empty_like(weight), gamma.new_empty(gamma.shape), gamma.new_empty(gamma.shape[1])
 
 
-@register_flop_formula(torch.ops.mmuni.dilated_reparam_forward)
+@register_flop_formula([torch.ops.mmuni.dilated_reparam_forward, torch.ops.mmuni.dilated_reparam_stats])
 def _count_forward(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     return 2 * x[0] * x[2] * x[3] * weight[0]
 
 
 @register_flop_formula(torch.ops.mmuni.dilated_reparam_backward)
-def _count_backward(grad: Any, x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return 4 * x[0] * x[2] * x[3] * weight[0]
+def _count_backward(
+    grad: Any, x: Any, weight: Any, gamma: Any, mean: Any, var: Any, sum_gamma: Any, sum_beta: Any, count: float,
+    needs_x: bool, *_: Any, out_shape: Any = None, **__: Any,
+) -> int:  # fmt: skip
+    return 2 * (1 + needs_x) * x[0] * x[2] * x[3] * weight[0]

@@ -29,7 +29,7 @@ def without_autocast(backward: Function) -> Function:
 
 
 @functools.cache
-def _onednn_is_faster() -> bool:
+def _prefers_onednn() -> bool:
     """Whether oneDNN multiplies float32 matrices faster than the library behind ``torch.mm``.
 
     MKL leaves AVX-512 unused on processors that are not Intel's: oneDNN is 2.0 to 2.4 times faster on an AMD EPYC
@@ -39,14 +39,10 @@ def _onednn_is_faster() -> bool:
     return has_it and torch.backends.cpu.get_cpu_capability().startswith('AVX512')
 
 
-@torch.compiler.assume_constant_result
-def _prefers_onednn() -> bool:
-    return _onednn_is_faster()  # behind a cache, which the compiler would look through
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear`` without autograd: x (P, I), weight (O, I), bias (O,) -> (P, O)."""
-    if x.device.type == 'cpu' and x.dtype == torch.float32 and _prefers_onednn():
+    # Inductor cannot lower oneDNN's operator, and chooses a library by itself.
+    if x.device.type == 'cpu' and x.dtype == torch.float32 and not torch.compiler.is_compiling() and _prefers_onednn():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
     return torch.nn.functional.linear(x, weight, bias)
 

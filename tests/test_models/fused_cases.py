@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from mmunireplknet import UniRepLKNet
 from mmunireplknet.models.block import UniRepLKNetBlock
+from mmunireplknet.models.dilated_reparam import DilatedReparamBlock
 
 from ..procedural import image, randomise, relative_error
 
@@ -41,6 +44,27 @@ def layered(model: Model) -> Model:
         if hasattr(module, 'fused'):
             module.fused = False
     return model
+
+
+def spy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is computed fused from now on: 'block', and of its Dilated Reparam Block 'batch' or 'merged'."""
+    calls: list[str] = []
+
+    def wrap(method: Callable, label: str) -> Callable:
+        def call(*args: object) -> Tensor:
+            calls.append(label)
+            return method(*args)
+
+        return call
+
+    for cls, name, label in (
+        (UniRepLKNetBlock, '_forward_fused', 'block'),
+        (DilatedReparamBlock, '_forward_batch', 'batch'),
+        (DilatedReparamBlock, '_forward_merged', 'merged'),
+    ):
+        monkeypatch.setattr(cls, name, wrap(getattr(cls, name), label))
+    monkeypatch.delenv('MMUNI_DW_BACKEND', raising=False)
+    return calls
 
 
 class Results(NamedTuple):

@@ -11,6 +11,8 @@ import torch
 from mmengine.model import revert_sync_batchnorm
 from torch import Tensor, nn
 
+from mmunireplknet.models.block import UniRepLKNetBlock
+
 from ..procedural import image, relative_error
 from ..test_ops.conftest import cpp  # noqa: F401
 from .fused_cases import Results, block, check, figures, layered, map_of, reference, results, small
@@ -28,11 +30,18 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------------------------------ torch.compile
 
 
-@pytest.mark.parametrize('training', [True, False])
-@pytest.mark.parametrize('kernel', [3, 13])
-def test_compile_a_block(kernel: int, training: bool) -> None:
+def dilated_block(kernel: int = 7, **options: object) -> UniRepLKNetBlock:
+    """With the fewest branches, each of which takes time to compile."""
+    return block(kernel, branches=[(3, 2)], **options)
+
+
+@pytest.mark.parametrize(
+    ('make', 'training'),
+    [pytest.param(block, True, marks=pytest.mark.slow), (dilated_block, True), (dilated_block, False)],
+)
+def test_compile_a_block(make: Callable, training: bool) -> None:
     """In one graph with its backward pass and the update of the statistics, over two steps."""
-    eager = block(kernel).train(training)
+    eager = make(kernel=3 if make is block else 7).train(training)
     model = copy.deepcopy(eager)
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     for seed in range(2):
@@ -59,16 +68,16 @@ def test_compiled_code_is_fused() -> None:
         return graph.forward
 
     compiler = torch._dynamo.backends.common.aot_autograd(fw_compiler=keep)
-    torch.compile(block(), fullgraph=True, backend=compiler)(map_of().requires_grad_())
+    torch.compile(dilated_block(), fullgraph=True, backend=compiler)(map_of().requires_grad_())
     expected = {'mmuni.dilated_reparam_forward', 'mmuni_cpu.apply', 'mmuni_cpu.sums'}
     assert {f'{name}.default' for name in expected} <= called
 
 
-@pytest.mark.parametrize('mode', ['train', 'eval', 'deploy'])
+@pytest.mark.parametrize('mode', ['train', 'deploy'])
 def test_compile_without_gradients(mode: str) -> None:
     """Maps in between are overwritten then, and still nothing else is."""
     options = dict(deploy=True, layer_scale_init_value=None) if mode == 'deploy' else {}
-    model = nn.Sequential(block(3, **options), block(7, **options)).train(mode == 'train')
+    model = dilated_block(**options).train(mode == 'train')
     expected, x = layered(model), map_of()
     kept = x.clone()
     with torch.no_grad():
@@ -81,7 +90,7 @@ def test_compile_without_gradients(mode: str) -> None:
 
 @pytest.mark.slow
 def test_compile_for_any_size() -> None:
-    eager = block(7, branches=[(3, 1)])
+    eager = block(3)
     compiled = torch.compile(copy.deepcopy(eager), fullgraph=True, backend='aot_eager', dynamic=True)
     for size in ((17, 19), (9, 30)):
         x = image((2, 12, *size)).contiguous(memory_format=torch.channels_last)
@@ -99,7 +108,7 @@ def test_compile_a_backbone() -> None:
 @pytest.mark.parametrize('grad', [True, False])
 def test_compile_by_inductor(grad: bool) -> None:
     """The default of torch.compile, with a kernel of each kind: a plain one and a Dilated Reparam Block."""
-    eager = block(3) if grad else block(7, branches=[(3, 1)])
+    eager = block(3) if grad else dilated_block()
     compiled, x = torch.compile(copy.deepcopy(eager), fullgraph=True), map_of()
     if grad:
         assert max(figures(results(compiled, x), results(eager, x))) < 1e-6
@@ -169,8 +178,7 @@ def test_trace(deploy: bool) -> None:
             assert all(relative_error(a, b) < 1e-5 for a, b in zip(traced(value), model(value), strict=True))
 
 
-@pytest.mark.parametrize('strict', [True, False])
-@pytest.mark.parametrize('deploy', [False, True])
+@pytest.mark.parametrize(('deploy', 'strict'), [(False, False), pytest.param(True, True, marks=pytest.mark.slow)])
 def test_export(deploy: bool, strict: bool) -> None:
     model, x = small(deploy=deploy).eval(), image((2, 3, 64, 64))
     expected = model(x)

@@ -231,6 +231,16 @@ def test_hooks_and_modes_come_before_it() -> None:
         assert relative_error(model(X), other(X)) < TOLERANCE
 
 
+def test_backend_of_the_layer() -> None:
+    """What its convolution asks for counts in every form."""
+    model = block()
+    model.lk_origin.backend = 'triton'
+    for training in (True, False):
+        for guard in (torch.no_grad, torch.enable_grad):
+            with guard(), pytest.raises(RuntimeError, match='triton'):
+                model.train(training)(X)
+
+
 # ------------------------------------------------------------------------------------------ with mmengine
 
 

@@ -272,9 +272,11 @@ def test_merge_branches() -> None:
 # ------------------------------------------------------------------------------------------ as operators of torch
 
 
-@both_backends
 @pytest.mark.parametrize(
-    ('dtype', 'layout'), [(torch.float32, 'contiguous'), (torch.bfloat16, 'channels_last')], ids=str
+    ('backend', 'dtype', 'layout'),
+    [('torch', torch.float32, 'contiguous'), ('cpp', torch.bfloat16, 'channels_last')],
+    indirect=['backend'],
+    ids=str,
 )
 def test_opcheck(dtype: torch.dtype, layout: str, backend: str) -> None:
     inputs = inputs_of(Case('7', (6, 7), layout=layout, dtype=dtype))
@@ -305,8 +307,9 @@ def test_parts_agree_with_the_whole(backend: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(given, whole, strict=True))
 
 
-@both_backends
-@pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
+@pytest.mark.parametrize(
+    ('backend', 'layout'), [('torch', 'contiguous'), ('cpp', 'channels_last')], indirect=['backend']
+)
 def test_compile(layout: str, backend: str) -> None:
     """In one graph, forward and backward, with the same results."""
     torch._dynamo.reset()
