@@ -113,7 +113,6 @@ class Difficulty:
 DIFFICULTIES: Mapping[str, Difficulty] = {
     'easy': Difficulty(5, (3, 3), (0.40, 0.56), 8.0, 0.0, 1.0, 60.0, 0.8),
     'medium': Difficulty(),
-    'ten': Difficulty(num_classes=10, digits=(3, 6)),
     'hard': Difficulty(10, (3, 6), (0.24, 0.50), 35.0, 0.5, 0.55, 28.0, 0.6),
 }
 

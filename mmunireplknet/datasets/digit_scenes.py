@@ -115,7 +115,7 @@ def generate(
         split_counts: number of images of 'train', of 'val' or of both.
         size: (height, width) in pixels, each at least 64.
         seed: >= 0.
-        difficulty: 'easy', 'medium', 'ten', 'hard' or one's own.
+        difficulty: 'easy', 'medium', 'hard' or one's own.
         progress: called with (images done, images in all) after every image.
         overwrite: whether to make it anew where ``root`` holds Digit Scenes. Anything else is never replaced.
 

@@ -159,8 +159,8 @@ def test_presets_are_what_they_say():
     assert DIFFICULTIES['medium'] == Difficulty()
     assert Difficulty().num_classes == 5
     assert Difficulty().digits[0] == 3
-    assert DIFFICULTIES['hard'].num_classes == DIFFICULTIES['ten'].num_classes == 10
-    assert DIFFICULTIES['hard'].digits == DIFFICULTIES['ten'].digits == (3, 6)
+    assert DIFFICULTIES['hard'].num_classes == 10
+    assert DIFFICULTIES['hard'].digits == (3, 6)
 
 
 @pytest.mark.parametrize('difficulty', DIFFICULTIES)
@@ -433,7 +433,7 @@ def test_a_killed_run_leaves_nothing_that_looks_whole(tmp_path):
         ({'size': (63, 128)}, 'each at least 64 pixels'),
         ({'size': (128,)}, r'\(height, width\)'),
         ({'seed': -1}, 'expected 0 or more'),
-        ({'difficulty': 'brutal'}, "'brutal'; expected one of \\['easy', 'hard', 'medium', 'ten'\\]"),
+        ({'difficulty': 'brutal'}, "'brutal'; expected one of \\['easy', 'hard', 'medium'\\]"),
         ({'difficulty': Difficulty(digits=(40, 40), scale=(0.9, 0.9), overlap=0.0)}, 'no place for .*fewer'),
     ],
 )
@@ -492,7 +492,7 @@ def test_tool(tmp_path, capsys):
     assert meta['parameters']['size'] == [64, 80]
     assert meta['parameters']['difficulty']['num_classes'] == 7
     assert meta['parameters']['difficulty']['digits'] == [1, 2]
-    with pytest.raises(SystemExit, match='num_classes 7 instead of 10'):
+    with pytest.raises(SystemExit, match='num_classes 7 instead of 5'):
         tool.main(arguments)
     tool.main([*arguments, '--overwrite'])
     assert 'was made' in capsys.readouterr().out

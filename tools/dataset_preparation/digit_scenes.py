@@ -25,7 +25,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--size', type=int, nargs='+', default=[128], metavar='N', help='side, or height and width (default: 128)'
     )
-    parser.add_argument('--difficulty', choices=list(DIFFICULTIES), default='ten', help='(default: %(default)s)')
+    parser.add_argument('--difficulty', choices=list(DIFFICULTIES), default='easy', help='(default: %(default)s)')
     parser.add_argument('--num-classes', type=int, help='digits 0 to N - 1 instead of what the difficulty has')
     parser.add_argument('--digits', type=int, nargs=2, metavar=('LEAST', 'MOST'), help='digits an image, likewise')
     parser.add_argument('--seed', type=int, default=0, help='(default: %(default)s)')
