@@ -42,7 +42,8 @@ def test_what_is_taken(cpp: Path, capsys: pytest.CaptureFixture) -> None:
         r"'auto' takes, for a map of \(1, 80, 56, 56\) on cpu:\ndtype +layout +3x3 +7x7 +13x13 +31x31\n", text
     )
     assert re.search(r'\nfloat32 +NCHW +cpp +cpp +cpp +cpp\n', text)
-    assert re.search(r'\nbfloat16 +channels_last +torch +cpp +cpp +cpp\n', text)
+    assert re.search(r'\nfloat32 +channels_last +torch +cpp +cpp +cpp\n', text)
+    assert re.search(r'\nbfloat16 +channels_last +cpp +cpp +cpp +cpp\n', text)
     assert re.search(r'\nfloat64 +NCHW +torch +torch +torch +torch\n', text)
 
 
