@@ -62,10 +62,9 @@ def complexity(cfg: Config, shape: tuple[int, int] | None = None) -> Complexity:
     Raises:
         ValueError: The shape is unknown or too small, or the model has parts that cannot be counted.
     """
-    if shape is None:
-        shape = default_shape(cfg)
     model = build_on_meta(cfg, deploy=True)
     deploy, auxiliary = count_parameters(model)
+    shape = default_shape(cfg) if shape is None else shape
     return Complexity(
         shape=shape,
         train_params=count_parameters(build_on_meta(cfg, deploy=False))[0],
@@ -92,7 +91,9 @@ def default_shape(cfg: Config) -> tuple[int, int]:
         for size in (step[key] for step in steps if step.get(key)):
             pair = (size, size) if isinstance(size, int) else tuple(size)
             return (pair[0], pair[1]) if height_first else (pair[1], pair[0])
-    raise ValueError('Neither the test pipeline nor the data preprocessor of this config names a size: give --shape H W.')
+    raise ValueError(
+        'Neither the test pipeline nor the data preprocessor of this config names a size: give --shape H W.'
+    )
 
 
 def build_on_meta(cfg: Config, deploy: bool) -> nn.Module:
@@ -132,7 +133,9 @@ def multiply_adds(model: nn.Module, shape: tuple[int, int]) -> dict[str, int]:
         ValueError: An image below 32x32, or a model with parts that cannot be counted.
     """
     if min(shape) < 32:
-        raise ValueError(f'The image is {shape[0]} x {shape[1]}, but the backbone divides it by 32: give at least that.')
+        raise ValueError(
+            f'The image is {shape[0]} x {shape[1]}, but the backbone divides it by 32: give at least that.'
+        )
     counts: dict[str, int] = {}
 
     def run(name: str, part: Callable, *inputs: Any) -> Any:
@@ -142,14 +145,17 @@ def multiply_adds(model: nn.Module, shape: tuple[int, int]) -> dict[str, int]:
         return outputs
 
     channels = getattr(model.backbone, 'in_channels', 3)
-    features = run('backbone', model.backbone, torch.empty(1, channels, *shape, device='meta'))
-    if getattr(model, 'neck', None) is not None:
-        features = run('neck', model.neck, features)
+    features: Any = torch.empty(1, channels, *shape, device='meta')
+    for name in ('backbone', 'neck'):
+        if isinstance(part := getattr(model, name, None), nn.Module):
+            features = run(name, part, features)
     for name, part, inputs in _heads(model, features):
         try:
             run(name, part, *inputs)
-        except TypeError as error:  # a head that takes more than features
-            raise ValueError(f'{name}, a {type(part).__name__}, cannot be counted on features alone: {error}') from error
+        except (NotImplementedError, TypeError) as error:  # a head that takes more than features, or has no forward
+            raise ValueError(
+                f'{name}, a {type(part).__name__}, cannot be counted on features alone: {error}'
+            ) from error
     _check_complete(model, {name.partition('.')[0] for name in counts})
     return counts
 

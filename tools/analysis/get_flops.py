@@ -40,9 +40,9 @@ def main() -> None:
     for name, value, unit in rows:
         print(f'{name:<32} {value:>9.2f} {unit}')
     print(
-        "Counted by torch's FlopCounterMode: convolutions and matrix products; not norms, activations, resizing, "
-        f'RoIAlign, NMS.\nFixed boxes, as mmdet counts: {NUM_BOXES} pass each box stage and {NUM_MASKS} each mask stage.'
+        "Counted by torch's FlopCounterMode: convolutions and matrix products; not norms, activations, RoIAlign, NMS."
     )
+    print(f'Fixed boxes, as mmdet counts: {NUM_BOXES} pass each box stage and {NUM_MASKS} each mask stage.')
 
 
 if __name__ == '__main__':
