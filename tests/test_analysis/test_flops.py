@@ -1,7 +1,5 @@
 """Multiply-adds against the published figures, and what cannot be counted."""
 
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +13,10 @@ from mmunireplknet.analysis import flops
 from mmunireplknet.models.arch_zoo import ARCHS
 
 from ..test_configs import published_coco
+from ..test_tools.test_command_line import run_tool
 
 ROOT = Path(__file__).parents[2]
+TOOL = 'analysis/get_flops.py'
 
 # README, table "UperNet on ADE20K": 10^9 multiply-adds at 512 x 2048 and 640 x 2560.
 ADE20K = {
@@ -136,21 +136,10 @@ def test_one_stage_detector():
     assert list(result.multiply_adds) == ['backbone', 'neck', 'bbox_head']
 
 
-def run_tool(*args):
-    argv = sys.argv
-    sys.argv = ['get_flops.py', *map(str, args)]
-    try:
-        runpy.run_path(str(ROOT / 'tools' / 'analysis' / 'get_flops.py'), run_name='__main__')
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        sys.argv = argv
-
-
 def test_tool(capsys):
     pytest.importorskip('mmdet.models')
     file = ROOT / 'configs' / 'cascade-mask-rcnn_unireplknet_t_coco.py'
-    assert run_tool(file, '--shape', 800, 1280) is None
+    assert run_tool(TOOL, file, '--shape', 800, 1280) is None
     out = capsys.readouterr().out
     figures = {line[:32].strip(): line[32:].split() for line in out.splitlines() if line[-1] in 'MG'}
     assert figures['parameters, train form'] == ['89.10', 'M']
@@ -163,11 +152,11 @@ def test_tool(capsys):
 
 def test_tool_says_what_is_wrong(tmp_path):
     file = ROOT / 'configs' / 'cascade-mask-rcnn_unireplknet_t_coco.py'
-    assert 'divides it by 32' in run_tool(file, '--shape', 16, 64)
+    assert 'divides it by 32' in run_tool(TOOL, file, '--shape', 16, 64)
     (tmp_path / 'no_model.py').write_text('value = 1\n')
-    assert 'no model.backbone' in run_tool(tmp_path / 'no_model.py')
-    assert 'There is no config' in run_tool(tmp_path / 'missing.py')
+    assert 'no model.backbone' in run_tool(TOOL, tmp_path / 'no_model.py')
+    assert 'There is no config' in run_tool(TOOL, tmp_path / 'missing.py')
     backbone = "dict(type='UniRepLKNet', arch='a')"
     text = f"model = dict(type='ImageClassifier', backbone={backbone})\ndefault_scope = 'mmpretrain'\n"
     (tmp_path / 'no_size.py').write_text(text)
-    assert '--shape H W' in run_tool(tmp_path / 'no_size.py')
+    assert '--shape H W' in run_tool(TOOL, tmp_path / 'no_size.py')
