@@ -17,6 +17,7 @@ from ..test_tools.test_command_line import run_tool
 
 ROOT = Path(__file__).parents[2]
 TOOL = 'analysis/get_flops.py'
+DOCS = (ROOT / 'docs' / 'detection.md').read_text()
 
 # README, table "UperNet on ADE20K": 10^9 multiply-adds at 512 x 2048 and 640 x 2560.
 ADE20K = {
@@ -46,10 +47,18 @@ def classifier(arch):
     return Config(dict(default_scope='mmpretrain', model=dict(type='ImageClassifier', backbone=backbone, head=head)))
 
 
+def documented(name, result):
+    """Whether docs/detection.md says of this config what is counted."""
+    cells = next(line for line in DOCS.splitlines() if line.startswith(f'| {name} |')).strip('| ').split(' | ')
+    params = f'{result.train_params / 1e6:.2f} / {result.deploy_params / 1e6:.2f}'
+    return params in cells and cells[-1] == f'{result.total / 1e9:.2f}'
+
+
 @pytest.mark.parametrize('name', published_coco.RECIPES)
 def test_detection(name):
     pytest.importorskip('mmdet.models')
     result = flops.complexity(config(name))
+    assert documented(name, result)
     assert result.shape == (800, 1280)
     assert result.total / 1e9 == pytest.approx(published_coco.RECIPES[name].flops, rel=0.02)
     assert list(result.multiply_adds) == ['backbone', 'neck', 'rpn_head', 'roi_head.bbox_head', 'roi_head.mask_head']
@@ -81,10 +90,13 @@ def test_classification(arch, size):
             assert value == pytest.approx(float(printed), rel=0.02)
 
 
-def test_boxes_follow_the_convention():
+@pytest.mark.parametrize('name', [f'mask-rcnn_unireplknet_{arch}_coco' for arch in 'afpn'])
+def test_boxes_follow_the_convention(name):
     """A box head of mmdet's Mask R-CNN is two linear layers and two small ones: counted by hand."""
     pytest.importorskip('mmdet.models')
-    parts = flops.complexity(config('mask-rcnn_unireplknet_a_coco')).multiply_adds
+    result = flops.complexity(config(name))
+    assert documented(name, result)
+    parts = result.multiply_adds
     assert parts['roi_head.bbox_head'] == 1000 * (256 * 49 * 1024 + 1024 * 1024 + 1024 * (81 + 320))
     convolution = 256 * 256 * 9 * 14 * 14
     assert parts['roi_head.mask_head'] == 100 * (4 * convolution + 256 * 256 * 4 * 14 * 14 + 256 * 80 * 28 * 28)

@@ -1,5 +1,6 @@
 """Reading configs and comparing them with a table."""
 
+import copy
 import functools
 from pathlib import Path
 
@@ -14,7 +15,7 @@ def _load(name):
 
 
 def load(name):
-    return _load(name).copy()
+    return copy.deepcopy(_load(name))  # mmengine's own copy() shares the parts
 
 
 def get(cfg, path, default=None):
