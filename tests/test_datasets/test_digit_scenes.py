@@ -335,7 +335,9 @@ def test_another_data_set_is_refused_or_replaced(tmp_path):
     first = generate(root, {'train': 2}, (64, 64))
     kept = contents(root)
     with pytest.raises(FileExistsError, match=r'seed 0 instead of 1; digits \[3, 6\] instead of \[2, 3\].*overwrite'):
-        generate(root, {'train': 2}, (64, 64), seed=1, difficulty=dataclasses.replace(DIFFICULTIES['easy'], digits=(2, 3)))
+        generate(
+            root, {'train': 2}, (64, 64), seed=1, difficulty=dataclasses.replace(DIFFICULTIES['easy'], digits=(2, 3))
+        )
     assert contents(root) == kept
     second = generate(root, {'train': 2}, (64, 64), seed=1, overwrite=True)
     assert second.meta != first.meta

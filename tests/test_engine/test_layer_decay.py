@@ -321,13 +321,6 @@ def test_wrapped_models():
     assert len({scale for scale, _ in rule.values()}) > 5
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def test_distributed_data_parallel(process_group):
     from mmengine.model import MMDistributedDataParallel
 
