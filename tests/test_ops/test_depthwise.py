@@ -1,10 +1,7 @@
 """The depthwise convolution and its gradients against torch's in float64, on every backend."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +30,6 @@ from .cases import (
     wrong_roundings,
 )  # fmt: skip
 
-ROOT = Path(__file__).resolve().parents[2]
 BASE = Case(7, torch.float32, (9, 10), 'contiguous', 'contiguous', 18, 1, 2)
 
 
@@ -63,20 +59,6 @@ def test_every_size_and_layout(kernel: int, dtype: torch.dtype, cpp: Path) -> No
     for case in draw(kernel, dtype, LAYOUTS, 2e7):
         assert mistakes(case, 'torch') == []
         assert mistakes(case, 'cpp') == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('capability', ['portable', 'avx2', 'avx512'])
-def test_instruction_set(capability: str, cpp: Path) -> None:
-    machine = torch.backends.cpu.get_cpu_capability()
-    if not machine.startswith({'portable': '', 'avx2': 'AVX', 'avx512': 'AVX512'}[capability]):
-        pytest.skip(f'this machine has {machine}, which lacks {capability}')
-    expected = 'neon' if os.uname().machine == 'aarch64' else capability
-    done = subprocess.run(
-        [sys.executable, '-m', 'tests.test_ops.cases'], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, 'MMUNI_CPU_CAPABILITY': capability, 'OMP_NUM_THREADS': '1'},
-    )  # fmt: skip
-    assert (done.stdout, done.returncode) == (expected, 0), done.stderr
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
