@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -17,41 +16,7 @@ from types import ModuleType
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
-LEFT_OUT = ('.*', '*.egg-info', '__pycache__', 'build', 'dist', 'work_dirs', 'outputs', 'checkpoints')
-
-
-def version() -> str:
-    return re.search(r"__version__ = '(.+)'", (ROOT / 'mmunireplknet/__init__.py').read_text())[1]
-
-
-def attempt(*command: object, cwd: Path, **env: str) -> subprocess.CompletedProcess:
-    """Run a command, which compiles no kernels unless ``env`` says so; stdout has all of its output."""
-    kept = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'MAKEFLAGS', 'MAKELEVEL')}
-    return subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env={**kept, 'MMUNI_WITH_OPS': '0', **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def call(*command: object, cwd: Path, **env: str) -> str:
-    """Run a command that must succeed; its output."""
-    done = attempt(*command, cwd=cwd, **env)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
-def hook(name: str, source: Path, out: Path, **env: str) -> Path:
-    """Call setuptools' PEP 517 hook ``name``, as pip does; the file it made in ``out``."""
-    out.mkdir()
-    code = f'import sys; from setuptools import build_meta; build_meta.{name}(sys.argv[1])'
-    call(sys.executable, '-c', code, out, cwd=source, **env)
-    (made,) = out.iterdir()
-    return made
+from .packaging_cases import LEFT_OUT, ROOT, call, hook, load_make_env, version
 
 
 @pytest.fixture(scope='module')
@@ -217,9 +182,7 @@ def test_make_passes_its_variables_on(stack: str, venv: str) -> None:
 @pytest.fixture
 def make_env(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """tools/make_env.py on a machine that lacks nothing."""
-    spec = importlib.util.spec_from_file_location('make_env', ROOT / 'tools/make_env.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_make_env()
     monkeypatch.setattr(sys, 'platform', 'linux')
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
     monkeypatch.setattr(shutil, 'which', lambda name: f'/usr/bin/{name}')
