@@ -23,6 +23,7 @@ __all__ = ['DTYPES', 'Converted', 'convert_checkpoint']
 
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 SUFFIXES = ('.pth', '.pt', '.safetensors')
+DATASET_NAMES = {'CLASSES': 'classes', 'PALETTE': 'palette'}  # mmcv 1's meta, mmengine's dataset_meta
 
 
 @dataclass(frozen=True)
@@ -120,25 +121,24 @@ def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _meta(meta: Mapping[str, Any], layout: str) -> dict[str, Any]:
-    """Meta of mmengine from that of mmcv 1, or the other way round; neither loses anything.
+    """Meta of mmengine from that of mmcv 1, or the other way round; nothing is lost.
 
     mmengine names classes and palette ``dataset_meta``, and its resume would execute the text ``config``.
     """
-    meta = dict(meta)
-    names = {'CLASSES': 'classes', 'PALETTE': 'palette'}
-    if layout == 'mm':
-        if 'CLASSES' in meta and 'dataset_meta' not in meta:
-            meta['dataset_meta'] = {ours: meta.pop(theirs) for theirs, ours in names.items() if theirs in meta}
-        if 'mmcv_version' in meta and 'config' in meta:
-            meta['mmcv1_config'] = meta.pop('config')
-        return meta
-    own = dict(meta.pop('dataset_meta', None) or {})
-    meta.update({theirs: own.pop(ours) for theirs, ours in names.items() if ours in own})
-    if own:
-        meta['dataset_meta'] = own
-    if 'mmcv1_config' in meta:
-        meta['config'] = meta.pop('mmcv1_config')
-    return meta
+    result: dict[str, Any] = {}
+    dataset = {ours: meta[theirs] for theirs, ours in DATASET_NAMES.items() if theirs in meta}
+    for name, value in meta.items():
+        if layout == 'mm' and name in DATASET_NAMES and 'dataset_meta' not in meta:
+            result['dataset_meta'] = dataset
+        elif layout == 'mm' and name == 'config' and 'mmcv_version' in meta:
+            result['mmcv1_config'] = value
+        elif layout == 'published' and name == 'dataset_meta':
+            value = dict(value or {})
+            result.update({theirs: value.pop(ours) for theirs, ours in DATASET_NAMES.items() if ours in value})
+            result.update(dict(dataset_meta=value) if value else {})
+        else:
+            result['config' if layout == 'published' and name == 'mmcv1_config' else name] = value
+    return result
 
 
 def _write(target: Path, meta: dict[str, Any], state: dict[str, Tensor]) -> None:
@@ -147,7 +147,7 @@ def _write(target: Path, meta: dict[str, Any], state: dict[str, Tensor]) -> None
             from safetensors.torch import save_file
         except ModuleNotFoundError as error:
             raise CheckpointError(f'{target}: this format takes the package safetensors: pip install it.') from error
-        text = dict(format='pt', meta=json.dumps(meta, default=_plain))
+        text = dict(meta=json.dumps(meta, default=_plain))  # one entry: several are written in any order
         # Entries that share memory, or lie in another one's, are refused there.
         own = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
         with replacing(target) as temporary:
@@ -155,8 +155,8 @@ def _write(target: Path, meta: dict[str, Any], state: dict[str, Tensor]) -> None
         return
     raw = not meta and STEM in state  # published classifiers
     state = {name: value.clone() for name, value in state.items()}  # else a view's whole storage is written
-    with replacing(target) as temporary:
-        torch.save(state if raw else dict(meta=meta, state_dict=state), temporary)
+    with replacing(target) as temporary, open(temporary, 'wb') as file:
+        torch.save(state if raw else dict(meta=meta, state_dict=state), file)  # given a name, it would be in the file
 
 
 def _plain(value: Any) -> Any:
