@@ -49,15 +49,15 @@ def task_of(names: Iterable[str]) -> str:
 
 
 def other_task(given: Iterable[str], own: Iterable[str]) -> str | None:
-    """Say that weights are of another kind of model, or None if it shares a part besides the backbone.
+    """Say that weights are of another kind of model, or None if both share more than the backbone or lack one.
 
     Args:
-        given: Names of the weights, of which some stand under ``backbone.``.
+        given: Names of the weights.
         own: Names of the model's.
     """
     given, own = parts(given), parts(own)
     heads, own_heads = (set(names) - {'backbone', 'data_preprocessor'} for names in (given, own))
-    if not heads or not own_heads or heads & own_heads:
+    if 'backbone' not in given or 'backbone' not in own or not heads or not own_heads or heads & own_heads:
         return None
     return (
         f'the checkpoint is of another task: it holds {task_of(given)} weights ({", ".join(given)}), but the model is '
