@@ -155,6 +155,8 @@ def all_tensors(data: Mapping, key: str | None = None) -> dict[str, Tensor]:
     found = key or next((k for k in WRAPPERS if isinstance(data.get(k), Mapping)), None)
     state = data if found is None else data[found]
     tensors = {str(k).removeprefix('module.'): v for k, v in state.items() if isinstance(v, Tensor)}
+    if found == 'ema_state_dict':
+        tensors.pop('steps', None)  # mmengine's counter of updates
     if not tensors:
         raise CheckpointError(f'no tensors in the checkpoint; its entries are {some(data)}.')
     return tensors

@@ -144,13 +144,14 @@ def test_own_checkpoint(tmp_path):
     state = prefixed(tiny().state_dict(), 'backbone.')
     averages = prefixed({k: v + 1 for k, v in tiny().state_dict().items()}, 'module.backbone.')
     data = dict(meta=dict(epoch=3, dataset_meta=dict(classes=('a',), name='d')), state_dict=state, optimizer={},
-                message_hub={}, ema_state_dict=averages)  # fmt: skip
+                message_hub={}, ema_state_dict={**averages, 'steps': torch.tensor(3)})  # fmt: skip
     file = saved(tmp_path / 'x.pth', data)
     assert convert_checkpoint(file, tmp_path / 'y.pth').left_out == 'optimizer, message_hub, ema_state_dict'
     assert_same(raw(tmp_path / 'y.pth')['state_dict'], state)
     assert raw(tmp_path / 'y.pth')['meta'] == data['meta']
     convert_checkpoint(file, tmp_path / 'z.pth', key='ema_state_dict', layout='published')
     written = raw(tmp_path / 'z.pth')
+    assert list(written['state_dict']) == list(state)
     assert torch.equal(written['state_dict']['backbone.stages.0.0.gamma'], state['backbone.stages.0.0.gamma'] + 1)
     assert written['meta'] == dict(epoch=3, CLASSES=('a',), dataset_meta=dict(name='d'))
 
