@@ -15,6 +15,9 @@ from types import ModuleType
 
 import pytest
 import yaml
+from mmengine.config import Config
+
+from mmunireplknet.models import CHECKPOINTS
 
 from .packaging_cases import LEFT_OUT, ROOT, call, hook, load_make_env, version
 
@@ -44,6 +47,10 @@ def files_of(folder: Path, *suffixes: str) -> set[str]:
     return {str(p.relative_to(ROOT)) for p in folder.rglob('*') if p.is_file() and p.suffix in suffixes}
 
 
+def read_index(folder: Path) -> dict:
+    return yaml.safe_load((folder / 'model-index.yml').read_text())
+
+
 @pytest.mark.slow
 def test_wheel_holds_package_configs_and_tools(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
@@ -57,6 +64,19 @@ def test_wheel_holds_package_configs_and_tools(wheel: Path) -> None:
     here = files_of(ROOT / 'mmunireplknet', '.py', '.cpp', '.cu', '.cuh', '.h', '.inc')
     assert {name for name in here if '/.mim/' not in name} <= package
     assert not [name for name in names if name.endswith(('.pyc', '.so')) or name.startswith(('tests/', 'configs/'))]
+
+
+@pytest.mark.slow
+def test_mim_finds_models_and_configs_in_the_wheel(wheel: Path, tmp_path: Path) -> None:
+    """Where openmim 0.3.9 looks: PACKAGE/.mim/model-index.yml, metafiles beside it, PACKAGE/.mim/CONFIG."""
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    mim = tmp_path / 'mmunireplknet' / '.mim'
+    metafiles = [yaml.safe_load((mim / name).read_text()) for name in read_index(mim)['Import']]
+    models = {model['Name']: model for metafile in metafiles for model in metafile['Models']}
+    assert models.keys() == CHECKPOINTS.keys()
+    assert [name for name, model in models.items() if not (mim / model['Config']).is_file()] == []
+    config = Config.fromfile(mim / models['upernet_unireplknet_t_ade20k']['Config'])
+    assert config.model.backbone.arch == 't'
 
 
 @pytest.mark.slow
@@ -151,9 +171,9 @@ def test_setup_needs_neither_torch_nor_pkg_resources(source: Path) -> None:
 
 
 def test_model_index_names_files_that_exist() -> None:
-    index = yaml.safe_load((ROOT / 'model-index.yml').read_text())
+    index = read_index(ROOT)
     assert [name for name in index['Import'] if not (ROOT / name).is_file()] == []
-    assert {str(file.relative_to(ROOT)) for file in ROOT.glob('configs/**/metafile.yml')} <= set(index['Import'])
+    assert {str(file.relative_to(ROOT)) for file in ROOT.glob('configs/**/metafile*.yml')} <= set(index['Import'])
 
 
 def test_pre_commit_runs_the_pinned_ruff() -> None:

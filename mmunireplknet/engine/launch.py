@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
-from ..models.checkpoint import CheckpointError
+from ..models.checkpoint import load_checkpoint
 from ..models.reparam import switch_to_deploy
 from .atomic_checkpoint_hook import latest_checkpoint
 
@@ -88,14 +89,15 @@ def prepare_training(
 
 
 def _use_safe_hooks(cfg: Config) -> None:
-    """Write checkpoints atomically and with the states of all random generators, whatever the config names."""
+    """Write checkpoints atomically, with the states of all random generators; refuse those of another task."""
     hooks = cfg.setdefault('default_hooks', ConfigDict())
     checkpoint = hooks.setdefault('checkpoint', ConfigDict(type='CheckpointHook', interval=1))
     if checkpoint and checkpoint.get('type') == 'CheckpointHook':
         checkpoint.type = 'AtomicCheckpointHook'
-    custom = list(cfg.get('custom_hooks') or [])
-    if not any(hook.get('type') == 'RandomStateHook' for hook in custom):
-        cfg.custom_hooks = [*custom, ConfigDict(type='RandomStateHook')]
+    cfg.custom_hooks = list(cfg.get('custom_hooks') or [])
+    for name in ('CheckpointFitHook', 'RandomStateHook'):
+        if not any(hook.get('type') == name for hook in cfg.custom_hooks):
+            cfg.custom_hooks.append(ConfigDict(type=name))
 
 
 def _use_amp(cfg: Config) -> None:
@@ -170,12 +172,8 @@ def evaluate(cfg: Config, checkpoint: str, deploy: bool = False, tta: bool = Fal
         cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     runner = build_runner(cfg)
-    try:
-        runner.load_checkpoint(checkpoint, strict=True)
-    except CheckpointError:
-        raise
-    except RuntimeError as error:
-        raise CheckpointError(f'{checkpoint} does not fit the config. {error}') from error
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    load_checkpoint(model.module if isinstance(model, BaseTTAModel) else model, checkpoint)
     runner._has_loaded = True
     if deploy:
         runner.model.eval()
