@@ -3,9 +3,10 @@
 from .amp import CPUAmpOptimWrapper
 from .atomic_checkpoint_hook import AtomicCheckpointHook, latest_checkpoint
 from .layer_decay import LayerDecayOptimWrapperConstructor
+from .published_names_hook import PublishedNamesHook
 from .random_state_hook import RandomStateHook
 
 __all__ = [
-    'AtomicCheckpointHook', 'CPUAmpOptimWrapper', 'LayerDecayOptimWrapperConstructor', 'RandomStateHook',
-    'latest_checkpoint',
+    'AtomicCheckpointHook', 'CPUAmpOptimWrapper', 'LayerDecayOptimWrapperConstructor', 'PublishedNamesHook',
+    'RandomStateHook', 'latest_checkpoint',
 ]  # fmt: skip

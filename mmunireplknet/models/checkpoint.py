@@ -18,12 +18,15 @@ from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
 from .arch_zoo import Arch, identify_arch
-from .checkpoint_file import CheckpointError, all_tensors, is_ema_copy, read_checkpoint, some
+from .checkpoint_file import CheckpointError, all_tensors, is_ema_copy, read_checkpoint, some, unwrap
 
 if TYPE_CHECKING:
     from .unireplknet import UniRepLKNet
 
-__all__ = ['CheckpointError', 'adapt_stem', 'check_state_dict', 'identify', 'load_checkpoint', 'read_checkpoint']
+__all__ = [
+    'CheckpointError', 'adapt_stem', 'check_state_dict', 'classifier_state', 'identify', 'load_checkpoint',
+    'read_checkpoint',
+]  # fmt: skip
 
 STEM = 'downsample_layers.0.0.weight'
 CONVERT = 'python tools/reparameterize.py CONFIG CHECKPOINT OUT'
@@ -93,8 +96,8 @@ def check_state_dict(model: UniRepLKNet, state: Mapping[str, Tensor], prefix: st
     if not found:
         raise CheckpointError(
             f'the checkpoint holds no weights under "{prefix}downsample_layers" and "{prefix}stages". Expected '
-            f'{expected}. If it is a classification file, name it in model.backbone.init_cfg or call '
-            'mmunireplknet.load_checkpoint(model.backbone, file).'
+            f'{expected}. If it is a published classification file, name it in model.backbone.init_cfg or call '
+            'mmunireplknet.load_checkpoint(model.backbone, file); of an ImageClassifier, load_checkpoint(model, file).'
         )
     given = identify(found)
     if given.form != expected.form:
@@ -286,6 +289,22 @@ def _load_full(model: nn.Module, state: dict[str, Tensor]) -> dict[str, list[str
         )
     model.load_state_dict(state)
     return dict(missing=[], unexpected=[])
+
+
+def classifier_state(model: nn.Module, data: Mapping) -> dict[str, Tensor] | None:
+    """The entries of a published classification file as ``model`` names them.
+
+    Args:
+        model: The model that will load them.
+        data: Contents of a checkpoint file.
+
+    Returns:
+        None where the file is no published classification file, or the model no ImageClassifier with a linear head.
+    """
+    if not hasattr(model, 'backbone') or not hasattr(getattr(model, 'head', None), 'fc'):
+        return None
+    state = unwrap(data)
+    return _as_classifier(state) if STEM in state else None
 
 
 def _as_classifier(state: dict[str, Tensor]) -> dict[str, Tensor]:
