@@ -8,6 +8,9 @@ import numpy as np
 CONFIGS = Path(__file__).parents[1] / 'configs'
 CLASSES = ('n01440764', 'n01443537', 'n01484850')
 ARCH = dict(depths=(1, 1, 2, 1), dims=(8, 16, 32, 64), kernel_sizes=((3,), (7,), (13, 3), (7,)))
+TRUNK = dict(
+    type='UniRepLKNet', _delete_=True, arch=ARCH, out_indices=(3,), gap_before_final_norm=True, drop_path_rate=0.1
+)
 
 
 def generate(root, train=4, val=2):
@@ -23,9 +26,6 @@ def generate(root, train=4, val=2):
 
 def shrunk(file, data, base='unireplknet_a_in1k', **more):
     """Write a config like ``base`` with a small trunk, three classes and the images at ``data``; returns its path."""
-    backbone = dict(
-        type='UniRepLKNet', _delete_=True, arch=ARCH, out_indices=(3,), gap_before_final_norm=True, drop_path_rate=0.1
-    )
     loader = dict(
         batch_size=2,
         num_workers=0,
@@ -34,7 +34,7 @@ def shrunk(file, data, base='unireplknet_a_in1k', **more):
         dataset=dict(data_root=str(data), metainfo=dict(classes=['one', 'two', 'three'])),
     )
     values = dict(
-        model=dict(backbone=backbone, head=dict(num_classes=3, in_channels=64)),
+        model=dict(backbone=TRUNK, head=dict(num_classes=3, in_channels=64)),
         data_preprocessor=dict(num_classes=3),
         **{f'{split}_dataloader': loader for split in ('train', 'val', 'test')},
         val_evaluator=dict(topk=(1,)),

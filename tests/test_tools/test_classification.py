@@ -9,7 +9,8 @@ import torch
 
 from mmunireplknet.engine.launch import check_tta, load_config, prepare_training
 
-from ..imagenet_stand_in import CLASSES, CONFIGS, generate, shrunk
+from ..imagenet_stand_in import ARCH, CLASSES, CONFIGS, TRUNK, generate, shrunk
+from ..test_engine.test_published_names_hook import published
 from .test_command_line import ROOT, run_tool
 
 pytest.importorskip('mmpretrain.models')
@@ -149,3 +150,42 @@ def test_flip_is_the_default_of_classifiers_only():
     cfg.pop('tta_pipeline')
     with pytest.raises(ValueError, match='tta_model and tta_pipeline'):
         check_tta(cfg)
+
+
+def test_infer_with_a_published_22k_file(data, tmp_path):
+    """Its 21,841 classes have no names in mmpretrain; the picture then shows the number."""
+    file = tmp_path / 'unireplknet.pth'
+    torch.save(published(ARCH, 21841), file)
+    loader = dict(dataset=dict(data_root=str(data)))
+    model = dict(backbone=TRUNK, head=dict(in_channels=64))
+    lines = [f'_base_ = {str(CONFIGS / "unireplknet_s_in22k.py")!r}', f'{model = }', f'test_dataloader = {loader!r}']
+    (tmp_path / 'config.py').write_text('\n'.join(lines))
+    args = [tmp_path / 'config.py', file, data / 'val' / CLASSES[0], '--out-dir', tmp_path / 'out']
+    assert run_tool('infer.py', *args) is None
+    assert len(list((tmp_path / 'out').iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_fine_tuning_with_averaged_weights(data, tmp_path):
+    """The recipe of L: from a file with 21,841 classes, with EMA; its checkpoint is tested in deploy form."""
+    torch.save(published(ARCH, 21841), tmp_path / 'in22k.pth')
+    file = shrunk(tmp_path / 'config.py', data, base='unireplknet_l-in22k_in1k-384')
+    trunk = dict(TRUNK, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'in22k.pth')))
+    text = file.read_text()
+    assert text.count(repr(TRUNK)) == 1
+    file.write_text(text.replace(repr(TRUNK), repr(trunk)))
+    options = unique(**{'custom_hooks.2.momentum': 0.5, 'optim_wrapper.optimizer.lr': 1e-2})
+    assert run_tool('train.py', file, '--work-dir', tmp_path, '--seed', 0, *options) is None
+    checkpoint = torch.load(tmp_path / 'epoch_2.pth', weights_only=False)
+    averaged, last = checkpoint['state_dict'], checkpoint['ema_state_dict']
+    differences = [
+        float((last[f'module.{k}'] - v).abs().max()) for k, v in averaged.items() if v.is_floating_point() and 'fc' in k
+    ]
+    assert min(differences) > 0, 'the state dict holds the averages, the other entry the last step'
+    scales = sorted({group['lr_scale'] for group in checkpoint['optimizer']['param_groups']})
+    assert scales[0] == pytest.approx(0.8**13)
+    args = [file, tmp_path / 'epoch_2.pth', '--work-dir', tmp_path, '--deploy', '--metrics', tmp_path / 'metrics.json']
+    assert run_tool('test.py', *args, *unique()) is None
+    records = [json.loads(line) for line in next(tmp_path.glob('*/vis_data/scalars.json')).read_text().splitlines()]
+    validated = [record['accuracy/top1'] for record in records if 'accuracy/top1' in record][-1]
+    assert json.loads((tmp_path / 'metrics.json').read_text())['accuracy/top1'] == pytest.approx(validated)
