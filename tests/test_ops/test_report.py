@@ -11,6 +11,8 @@ from mmunireplknet.analysis.timing import Timing
 from mmunireplknet.ops import __main__ as report
 from mmunireplknet.ops import backends, build
 
+from ..procedural import relative_error
+
 FIGURE = r'\d+\.\d\d'
 
 
@@ -103,16 +105,18 @@ def test_figures_of_a_line_are_measured_in_turn(
     lines = []
 
     def interleave(functions: Mapping[str, Callable], seconds: float) -> dict[str, Timing]:
-        for function in functions.values():
-            function()
-        lines.append((len(functions), seconds))
+        results = [function() for function in functions.values()]
+        first, *others = (next(t for t in r if t is not None) if isinstance(r, tuple) else r for r in results)
+        assert [relative_error(other, first) < 1e-5 for other in others] == [True, True]
+        lines.append((tuple(first.shape), seconds))
         medians = zip(functions, (6.0, 3.0, 1.5), strict=True)
         return {name: Timing(median, 0.0, 99.0, 5) for name, median in medians}
 
     monkeypatch.setattr(report, 'SHAPE', (1, 4, 5, 6))
     monkeypatch.setattr(report, 'interleave', interleave)
     report.main([])
-    assert lines == [(3, report.SECONDS)] * 6
+    shapes = (report.SHAPE, report.SHAPE, (4, 1, 13, 13))
+    assert lines == [(shape, report.SECONDS) for shape in shapes] * 2
     assert len(re.findall(r'gradient +6\.00 +3\.00 \(2\.0x\) +1\.50 \(4\.0x\)\n', capsys.readouterr().out)) == 4
 
 
