@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mmunireplknet.analysis import benchmark, benchmark_report
-from mmunireplknet.analysis.benchmark import PUBLISHED, Check, Row, Verdict, run
+from mmunireplknet.analysis.benchmark import PUBLISHED, Check, Report, Row, Verdict, run
 
 from ..test_tools.test_command_line import run_tool
 from .small_work import result_of, tiny_rows
@@ -85,8 +85,13 @@ def test_target_and_goal(check, ratio, met, text):
 def test_time_of_the_matrix_products():
     result = result_of(ours=185.0, peer=350.0)
     result.gemm_gflop = {'ours': 49.2, 'peer': 20.0}
-    lines = list(benchmark_report._matrix_products(result, {'torch.mm': 214.0, 'oneDNN': 400.0}))
-    assert lines == ['| 7x7 work | 185 | 49.2 | 230 / 123 |', '| 7x7 work: peer | 350 | 20.0 | 93.5 / 50.0 |']
+    table = benchmark_report.markdown(Report({}, {'torch.mm': 214.0, 'oneDNN': 400.0}, [result]))
+    assert table.splitlines()[-4:] == [
+        '| model | ms | GFLOP in matrix products | ms for them at the rate of torch.mm / of oneDNN |',
+        '|---|---|---|---|',
+        '| 7x7 work | 185 | 49.2 | 230 / 123 |',
+        '| 7x7 work: peer | 350 | 20.0 | 93.5 / 50.0 |',
+    ]
 
 
 @pytest.mark.parametrize(
