@@ -132,11 +132,6 @@ def install_safe_loading() -> None:
         checkpoint._safe_torch_load = strict_load
 
 
-def autocast_device(x: torch.Tensor) -> str:
-    """Type of the device whose autocast applies to ``x``; 'cpu' for one that has none, such as meta."""
-    return x.device.type if torch.amp.is_autocast_available(x.device.type) else 'cpu'
-
-
 def needs_standard_operators() -> bool:
     """Whether only operators of torch itself will do: in tracing, export, and under torch.func and forward-mode AD.
 
