@@ -293,7 +293,11 @@ def check_full(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             check_state_dict(module, state, f'{name}.')
     missing = [k for k in own if k not in state and not k.endswith('num_batches_tracked')]
     extra = [k for k in state if k not in own]
-    wrong = [k for k in own if k in state and own[k].shape != state[k].shape and not k.endswith(STEM)]
+    wrong = [
+        f'{k} {[*state[k].shape]} for {[*own[k].shape]}'
+        for k in own
+        if k in state and own[k].shape != state[k].shape and not k.endswith(STEM)
+    ]
     if missing or extra or wrong:
         raise CheckpointError(
             f'the file does not fit {type(model).__name__}: missing {some(missing)}; unexpected {some(extra)}; '
