@@ -38,13 +38,10 @@ struct Band {
   }
 };
 
-// Memory for the tile of the input, half of the second-level cache: every processor with AVX-512 has a megabyte, others
-// half of one.
-constexpr int64_t TILE_FLOATS = L == 16 ? 131072 : 65536;
-
-// As many bands as keep the tile inside that.
+// As many bands as keep the tile of the input inside half of the second-level cache: every processor with AVX-512 has a
+// megabyte, others half of one. Small kernels gain nothing from fewer bands, and lose what the output then has to wait.
 int bands_for(const Shape& shape, int height, int reach) {
-  const int64_t fit = TILE_FLOATS / shape.pitch();
+  const int64_t fit = (L == 16 && reach > 4 ? 131072 : 65536) / shape.pitch();
   if (height <= fit) return 1;
   return static_cast<int>(divide_up(height, max(fit - 2 * reach, min(height, max(8, reach)))));
 }
