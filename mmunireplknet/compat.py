@@ -85,13 +85,13 @@ def _allow_checkpoint_types() -> None:
     torch.serialization.add_safe_globals(allowed)
 
 
-def safe_torch_load(file: Any, map_location: Any = None) -> Any:
+def safe_torch_load(file: Any, map_location: Any = None, mmap: bool = False) -> Any:
     """``torch.load`` that restores tensors and plain data, and never executes anything.
 
     Raises:
         pickle.UnpicklingError: The file holds anything else.
     """
-    return torch.load(file, map_location=map_location, weights_only=True)
+    return torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
 
 
 def install_safe_loading() -> None:
@@ -104,13 +104,17 @@ def install_safe_loading() -> None:
     file holds; mmengine 0.10.7 passes no ``weights_only``, which on torch below 2.6 does the same and on newer
     torch fails on its own checkpoints (HistoryBuffer).
     """
+    from mmengine.logging import print_log
     from mmengine.runner import checkpoint
     from mmengine.runner.checkpoint import CheckpointLoader
 
     def load_from_mmunireplknet(filename: str, map_location: Any = None, **_: Any) -> Any:
         from .models.checkpoint_file import read_checkpoint
+        from .models.layouts import drop_ema_copies
 
         data = read_checkpoint(filename, map_location)
+        if isinstance(data.get('state_dict'), dict) and (copies := drop_ema_copies(data['state_dict'])):
+            print_log(f'{filename}: left out {len(copies)} ema_* copies; the plain entries are the averages', 'current')
         if isinstance(data.get('meta'), dict):
             data['meta'].pop('config', None)  # mmengine's resume executes this text, of mmcv 1's files, as Python
         return data
@@ -126,11 +130,6 @@ def install_safe_loading() -> None:
             return safe_torch_load(file, map_location)
 
         checkpoint._safe_torch_load = strict_load
-
-
-def autocast_device(x: torch.Tensor) -> str:
-    """Type of the device whose autocast applies to ``x``; 'cpu' for one that has none, such as meta."""
-    return x.device.type if torch.amp.is_autocast_available(x.device.type) else 'cpu'
 
 
 def needs_standard_operators() -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -16,42 +15,11 @@ from types import ModuleType
 
 import pytest
 import yaml
+from mmengine.config import Config
 
-ROOT = Path(__file__).resolve().parents[1]
-LEFT_OUT = ('.*', '*.egg-info', '__pycache__', 'build', 'dist', 'work_dirs', 'outputs', 'checkpoints')
+from mmunireplknet.models import CHECKPOINTS
 
-
-def version() -> str:
-    return re.search(r"__version__ = '(.+)'", (ROOT / 'mmunireplknet/__init__.py').read_text())[1]
-
-
-def attempt(*command: object, cwd: Path, **env: str) -> subprocess.CompletedProcess:
-    """Run a command, which compiles no kernels unless ``env`` says so; stdout has all of its output."""
-    kept = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'MAKEFLAGS', 'MAKELEVEL')}
-    return subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env={**kept, 'MMUNI_WITH_OPS': '0', **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def call(*command: object, cwd: Path, **env: str) -> str:
-    """Run a command that must succeed; its output."""
-    done = attempt(*command, cwd=cwd, **env)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
-def hook(name: str, source: Path, out: Path, **env: str) -> Path:
-    """Call setuptools' PEP 517 hook ``name``, as pip does; the file it made in ``out``."""
-    out.mkdir()
-    code = f'import sys; from setuptools import build_meta; build_meta.{name}(sys.argv[1])'
-    call(sys.executable, '-c', code, out, cwd=source, **env)
-    (made,) = out.iterdir()
-    return made
+from .packaging_cases import LEFT_OUT, ROOT, call, hook, load_make_env, version
 
 
 @pytest.fixture(scope='module')
@@ -79,6 +47,10 @@ def files_of(folder: Path, *suffixes: str) -> set[str]:
     return {str(p.relative_to(ROOT)) for p in folder.rglob('*') if p.is_file() and p.suffix in suffixes}
 
 
+def read_index(folder: Path) -> dict:
+    return yaml.safe_load((folder / 'model-index.yml').read_text())
+
+
 @pytest.mark.slow
 def test_wheel_holds_package_configs_and_tools(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
@@ -92,6 +64,19 @@ def test_wheel_holds_package_configs_and_tools(wheel: Path) -> None:
     here = files_of(ROOT / 'mmunireplknet', '.py', '.cpp', '.cu', '.cuh', '.h', '.inc')
     assert {name for name in here if '/.mim/' not in name} <= package
     assert not [name for name in names if name.endswith(('.pyc', '.so')) or name.startswith(('tests/', 'configs/'))]
+
+
+@pytest.mark.slow
+def test_mim_finds_models_and_configs_in_the_wheel(wheel: Path, tmp_path: Path) -> None:
+    """Where openmim 0.3.9 looks: PACKAGE/.mim/model-index.yml, metafiles beside it, PACKAGE/.mim/CONFIG."""
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    mim = tmp_path / 'mmunireplknet' / '.mim'
+    metafiles = [yaml.safe_load((mim / name).read_text()) for name in read_index(mim)['Import']]
+    models = {model['Name']: model for metafile in metafiles for model in metafile['Models']}
+    assert models.keys() == CHECKPOINTS.keys()
+    assert [name for name, model in models.items() if not (mim / model['Config']).is_file()] == []
+    config = Config.fromfile(mim / models['upernet_unireplknet_t_ade20k']['Config'])
+    assert config.model.backbone.arch == 't'
 
 
 @pytest.mark.slow
@@ -186,9 +171,9 @@ def test_setup_needs_neither_torch_nor_pkg_resources(source: Path) -> None:
 
 
 def test_model_index_names_files_that_exist() -> None:
-    index = yaml.safe_load((ROOT / 'model-index.yml').read_text())
+    index = read_index(ROOT)
     assert [name for name in index['Import'] if not (ROOT / name).is_file()] == []
-    assert {str(file.relative_to(ROOT)) for file in ROOT.glob('configs/**/metafile.yml')} <= set(index['Import'])
+    assert {str(file.relative_to(ROOT)) for file in ROOT.glob('configs/**/metafile*.yml')} <= set(index['Import'])
 
 
 def test_pre_commit_runs_the_pinned_ruff() -> None:
@@ -217,9 +202,7 @@ def test_make_passes_its_variables_on(stack: str, venv: str) -> None:
 @pytest.fixture
 def make_env(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """tools/make_env.py on a machine that lacks nothing."""
-    spec = importlib.util.spec_from_file_location('make_env', ROOT / 'tools/make_env.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_make_env()
     monkeypatch.setattr(sys, 'platform', 'linux')
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
     monkeypatch.setattr(shutil, 'which', lambda name: f'/usr/bin/{name}')

@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--config', type=Path, default=DEFAULT)
     parser.add_argument('--work-dir', type=Path, help='default: work_dirs/<config name>')
-    parser.add_argument('--train', type=int, default=2000, help='training images (default: %(default)s)')
+    parser.add_argument('--train', type=int, default=4000, help='training images (default: %(default)s)')
     parser.add_argument('--val', type=int, default=200, help='validation images (default: %(default)s)')
     args = parser.parse_args()
     cfg = load_config(str(args.config), work_dir=args.work_dir and str(args.work_dir))

@@ -16,7 +16,7 @@ from mmengine.config import DictAction
 
 from mmunireplknet import CheckpointError
 from mmunireplknet.datasets.checks import missing_data_message
-from mmunireplknet.engine.launch import evaluate, leave_process_group, load_config
+from mmunireplknet.engine.launch import check_tta, evaluate, leave_process_group, load_config
 from mmunireplknet.models.checkpoint_file import find_checkpoint
 
 
@@ -25,7 +25,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file, or the short name of a published one')
     parser.add_argument('--deploy', action='store_true', help='reparameterize the backbone before the evaluation')
-    parser.add_argument('--tta', action='store_true', help='test-time augmentation (published: six scales and flip)')
+    parser.add_argument(
+        '--tta', action='store_true', help='test-time augmentation (ADE20K: six scales and flip, as published)'
+    )
     parser.add_argument('--show-dir', help='write predictions drawn over the images into this folder')
     parser.add_argument('--out', help='write all predictions into this .pkl file')
     parser.add_argument('--metrics', help='write the metrics into this .json file')
@@ -44,8 +46,11 @@ def main() -> None:
         checkpoint = find_checkpoint(args.checkpoint)
     except FileNotFoundError as error:
         sys.exit(str(error))
-    if args.tta and not {'tta_model', 'tta_pipeline'} <= set(cfg):
-        sys.exit('--tta needs tta_model and tta_pipeline in the config, which has not both.')
+    try:
+        if args.tta:
+            check_tta(cfg)
+    except ValueError as error:
+        sys.exit(str(error))
     if message := missing_data_message(cfg.test_dataloader.dataset):
         sys.exit(message)
     if args.out and not args.out.endswith(('.pkl', '.pickle')):
@@ -56,7 +61,8 @@ def main() -> None:
     if args.show_dir:
         if 'visualization' not in cfg.default_hooks:
             sys.exit('--show-dir needs default_hooks.visualization in the config, e.g. SegVisualizationHook.')
-        cfg.default_hooks.visualization.update(draw=True, interval=1)
+        hook = cfg.default_hooks.visualization
+        hook.update(interval=1, **{'enable' if hook.type == 'VisualizationHook' else 'draw': True})  # mmpretrain's
         cfg.visualizer.save_dir = args.show_dir
     metrics = evaluate(cfg, str(checkpoint), args.deploy, args.tta)
     leave_process_group()

@@ -17,13 +17,13 @@ model = dict(
         pool_scales=(1, 2, 3, 6),
         channels=64,
         dropout_ratio=0.1,
-        num_classes=6,
+        num_classes=11,
         norm_cfg=dict(type='BN'),
         align_corners=False,
         # mmseg's std of 0.01 leaves the layers below almost without gradient (docs/benchmarks.md).
         init_cfg=dict(type='Normal', std=0.1, override=dict(name='conv_seg')),
-        # Four fifths of the pixels are background.
-        loss_decode=dict(type='CrossEntropyLoss', class_weight=[0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        # Most of the pixels are background.
+        loss_decode=dict(type='CrossEntropyLoss', class_weight=[0.5] + [1.0] * 10),
     ),
     train_cfg=dict(),
     test_cfg=dict(mode='whole'),
@@ -35,9 +35,9 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=50),
-    dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=False, begin=50, end=1200),
+    dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=False, begin=50, end=1500),
 ]
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=1200, val_interval=200)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=1500, val_interval=300)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 auto_scale_lr = dict(enable=False, base_batch_size=8)  # one process; on a GPU raise the batch and use --auto-scale-lr

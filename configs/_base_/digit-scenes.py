@@ -1,14 +1,21 @@
-# Digit Scenes (tools/dataset_preparation/digit_scenes.py), five digits and background, read by mmseg as it is.
+# Digit Scenes (tools/dataset_preparation/digit_scenes.py), ten digits and background, read by mmseg as it is.
 custom_imports = dict(imports=['mmunireplknet'], allow_failed_imports=False)
 default_scope = 'mmseg'
-metainfo = dict(
-    classes=['background', 'zero', 'one', 'two', 'three', 'four'],
-    palette=[[0, 0, 0], [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200], [245, 130, 48]],
-)
+_digits = ['zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine']
+_palette = [[0, 0, 0], [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200], [245, 130, 48], [145, 30, 180]]
+_palette += [[70, 240, 240], [240, 50, 230], [170, 255, 195], [170, 110, 40]]
+metainfo = dict(classes=['background', *_digits], palette=_palette)
 data_root = 'data/digit_scenes'
 difficulty = 'easy'  # what tools/demo.py makes there
-# No augmentation: every scene is seen a handful of times only, and a flipped digit is another sign.
-pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')]
+# Other colours, since there are but eleven photographs to learn the background from. Nothing is flipped: that makes
+# other signs of digits.
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='PhotoMetricDistortion'),
+    dict(type='PackSegInputs'),
+]
+test_pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')]
 _dataset = dict(type='BaseSegDataset', data_root=data_root, metainfo=metainfo, reduce_zero_label=False)
 train_dataloader = dict(
     batch_size=8,
@@ -17,7 +24,7 @@ train_dataloader = dict(
     dataset=dict(
         **_dataset,
         data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'),
-        pipeline=pipeline,
+        pipeline=train_pipeline,
     ),
 )
 val_dataloader = dict(
@@ -27,7 +34,7 @@ val_dataloader = dict(
     dataset=dict(
         **_dataset,
         data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation'),
-        pipeline=pipeline,
+        pipeline=test_pipeline,
     ),
 )
 test_dataloader = val_dataloader

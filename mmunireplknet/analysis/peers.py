@@ -16,8 +16,8 @@ from ..models.unireplknet import UniRepLKNet
 from ..ops import DepthwiseConv2d, depthwise_conv2d
 
 __all__ = [
-    'DIRECTIONS', 'Contender', 'block_training', 'convnext_forward', 'convnext_training', 'depthwise', 'growth',
-    'training',
+    'DIRECTIONS', 'LAYOUTS', 'Contender', 'block_training', 'by_backend', 'by_torch', 'convnext_forward',
+    'convnext_training', 'depthwise', 'growth', 'training',
 ]  # fmt: skip
 
 Shape = tuple[int, int, int, int]
@@ -64,10 +64,10 @@ def depthwise(shape: Shape, kernel: int, direction: str) -> dict[str, Contender]
     contenders = {}
     for name, layout in (('ours', 'channels_last'), ('ours NCHW', 'NCHW'), ('torch backend', 'channels_last')):
         backend = 'torch' if name == 'torch backend' else 'auto'
-        run = _ours(direction, *_in(layout, x, grad), weight, backend)
+        run = by_backend(direction, *_in(layout, x, grad), weight, backend)
         contenders[name] = Contender(run, compiled if backend == 'auto' else {}, flops)
     for layout in LAYOUTS:
-        run = _torch(direction, *_in(layout, x, grad), weight)
+        run = by_torch(direction, *_in(layout, x, grad), weight)
         contenders[f'torch {layout}'] = Contender(run, flops=flops)
     return contenders
 
@@ -77,7 +77,8 @@ def _in(layout: str, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return x.contiguous(memory_format=memory_format), grad.contiguous(memory_format=memory_format)
 
 
-def _ours(direction: str, x: Tensor, grad: Tensor, weight: Tensor, backend: str) -> Callable[[], object]:
+def by_backend(direction: str, x: Tensor, grad: Tensor, weight: Tensor, backend: str) -> Callable[[], object]:
+    """One of ``DIRECTIONS`` by this package: of ``x`` (N, C, H, W), ``grad`` alike and ``weight`` (C, 1, K, K)."""
     ops = torch.ops.mmuni
     return {
         'forward': lambda: depthwise_conv2d(x, weight, backend=backend),
@@ -86,7 +87,8 @@ def _ours(direction: str, x: Tensor, grad: Tensor, weight: Tensor, backend: str)
     }[direction]
 
 
-def _torch(direction: str, x: Tensor, grad: Tensor, weight: Tensor) -> Callable[[], object]:
+def by_torch(direction: str, x: Tensor, grad: Tensor, weight: Tensor) -> Callable[[], object]:
+    """One of ``DIRECTIONS`` as torch has it, without this package."""
     padding, groups = weight.shape[-1] // 2, x.shape[1]
     if direction == 'forward':
         return lambda: F.conv2d(x, weight, padding=padding, groups=groups)
@@ -96,21 +98,30 @@ def _torch(direction: str, x: Tensor, grad: Tensor, weight: Tensor) -> Callable[
     )
 
 
-def published_form(module: nn.Module) -> nn.Module:
+def published_form(module: nn.Module, layout: str) -> nn.Module:
     """``module``, built with ``fused=False``, with torch's own convolutions, as the published code has them."""
     for layer in module.modules():
         if type(layer) is DepthwiseConv2d:
             layer.__class__ = nn.Conv2d  # type: ignore[assignment]
-    return module
+    return _laid_out(module, layout)
+
+
+def _laid_out(module: nn.Module, layout: str) -> nn.Module:
+    """``module`` with its weights in ``layout``: torch asks for that beside an input that is."""
+    return module.to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
 
 
 def block_training(shape: Shape, kernel: int) -> dict[str, Contender]:
-    """Forward and backward of a Dilated Reparam Block, gradient of the input included: 'ours' and 'published'."""
-    ours = DilatedReparamBlock(shape[1], kernel)
-    published = published_form(DilatedReparamBlock(shape[1], kernel, fused=False))
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    x, x_published = x.contiguous(memory_format=torch.channels_last).requires_grad_(), x.requires_grad_()
-    return {'ours': _train(ours, x, dict.fromkeys(BLOCK_KERNELS, 1)), 'published': _train(published, x_published)}
+    """Forward and backward of a Dilated Reparam Block, gradient of the input included.
+
+    'ours' is channels_last, the layout of the backbone; the published form is there in either layout.
+    """
+    ours, x = DilatedReparamBlock(shape[1], kernel), _image(shape, 'channels_last').requires_grad_()
+    contenders = {'ours': _train(ours, x, dict.fromkeys(BLOCK_KERNELS, 1))}
+    for layout in LAYOUTS:
+        published = published_form(DilatedReparamBlock(shape[1], kernel, fused=False), layout)
+        contenders[f'published {layout}'] = _train(published, _image(shape, layout).requires_grad_())
+    return contenders
 
 
 def _train(module: nn.Module, x: Tensor, kernels: Mapping[str, int] | None = None) -> Contender:
@@ -133,27 +144,28 @@ def _train(module: nn.Module, x: Tensor, kernels: Mapping[str, int] | None = Non
 
 
 def training(arch: str, shape: Shape) -> dict[str, Contender]:
-    """Training step of a backbone: 'ours', 'published' and 'identity', ours without its Dilated Reparam Blocks."""
+    """Training step of a backbone.
+
+    'ours', the published form in either layout, and 'identity', ours without its Dilated Reparam Blocks.
+    """
     x = _image(shape)
     ours, identity = (UniRepLKNet(arch, channels_last=True) for _ in range(2))
-    published = published_form(UniRepLKNet(arch, channels_last=False, fused=False))
     for module in list(identity.modules()):
         if isinstance(getattr(module, 'dwconv', None), DilatedReparamBlock):
             module.dwconv = nn.Identity()
-    return {
-        'ours': _train(ours, x, _kernels(ours, *BLOCK_KERNELS)),
-        'published': _train(published, x),
-        'identity': _train(identity, x),
-    }
+    contenders = {'ours': _train(ours, x, _kernels(ours, *BLOCK_KERNELS)), 'identity': _train(identity, x)}
+    for layout in LAYOUTS:
+        published = published_form(UniRepLKNet(arch, channels_last=False, fused=False), layout)
+        contenders[f'published {layout}'] = _train(published, _image(shape, layout))
+    return contenders
 
 
 def convnext_training(arch: str, shape: Shape, convnext: str) -> dict[str, Contender]:
     """Training step of a backbone, 'ours', and of a ConvNeXt of mmpretrain in either layout."""
     ours = UniRepLKNet(arch, channels_last=True)
-    peer = _convnext(convnext)
     return {
         'ours': _train(ours, _image(shape), _kernels(ours, *BLOCK_KERNELS)),
-        **{f'ConvNeXt {layout}': _train(peer, _image(shape, layout)) for layout in LAYOUTS},
+        **{f'ConvNeXt {layout}': _train(_convnext(convnext, layout), _image(shape, layout)) for layout in LAYOUTS},
     }
 
 
@@ -165,10 +177,8 @@ def _kernels(model: UniRepLKNet, *of_large_kernels: str) -> dict[str, int]:
 
 def convnext_forward(arch: str, shape: Shape, convnext: str) -> dict[str, Contender]:
     """Features of a backbone in deploy form, 'ours', and of a ConvNeXt of mmpretrain in either layout."""
-    peer = _convnext(convnext)
-    peer.eval()
-    others = {f'ConvNeXt {layout}': Contender(_infer(peer, _image(shape, layout))) for layout in LAYOUTS}
-    return {'ours': _deployed(arch, shape), **others}
+    others = {layout: _infer(_convnext(convnext, layout), _image(shape, layout)) for layout in LAYOUTS}
+    return {'ours': _deployed(arch, shape), **{f'ConvNeXt {layout}': Contender(run) for layout, run in others.items()}}
 
 
 def growth(arch: str, shape: Shape, kernels: Sequence[int]) -> dict[str, Contender]:
@@ -179,7 +189,7 @@ def growth(arch: str, shape: Shape, kernels: Sequence[int]) -> dict[str, Contend
 
 
 def _deployed(arch: str, shape: Shape, kernel_sizes: Sequence | None = None) -> Contender:
-    model = UniRepLKNet(arch, deploy=True, channels_last=True, kernel_sizes=kernel_sizes).eval()
+    model = UniRepLKNet(arch, deploy=True, channels_last=True, kernel_sizes=kernel_sizes)
     kernels = _kernels(model, 'mmuni_cpu::forward')
     return Contender(_infer(model, _image(shape)), kernels, *_count_flops(arch, shape, kernel_sizes))
 
@@ -196,6 +206,8 @@ def _count_flops(arch: str, shape: Shape, kernel_sizes: Sequence | None) -> tupl
 
 
 def _infer(model: nn.Module, x: Tensor) -> Callable[[], object]:
+    model.eval()  # by itself: that of mmpretrain's ConvNeXt returns nothing
+
     def run() -> object:
         with torch.inference_mode():
             return model(x)
@@ -203,10 +215,10 @@ def _infer(model: nn.Module, x: Tensor) -> Callable[[], object]:
     return run
 
 
-def _convnext(arch: str) -> nn.Module:
+def _convnext(arch: str, layout: str) -> nn.Module:
     from mmpretrain.models import ConvNeXt
 
-    return ConvNeXt(arch=arch, out_indices=(0, 1, 2, 3), gap_before_final_norm=False)
+    return _laid_out(ConvNeXt(arch=arch, out_indices=(0, 1, 2, 3), gap_before_final_norm=False), layout)
 
 
 def _image(shape: Shape, layout: str = 'NCHW') -> Tensor:

@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from .files import few, spread
+
 ROOT = 'data/ade/ADEChallengeData2016'
 ARCHIVE = 'ADEChallengeData2016.zip'
 URLS = (
@@ -67,8 +69,7 @@ class Report:
         for split, count in self.expected.items():
             lines.append(f'  {split}: {self.images[split]} images and {self.masks[split]} masks of {count}')
             if lone := self.unpaired[split]:
-                more = f' and {len(lone) - 5} more' if len(lone) > 5 else ''
-                lines.append(f'    without their image or mask: {", ".join(lone[:5])}{more}')
+                lines.append(f'    without their image or mask: {few(lone)}')
         if self.sampled:
             lines.append(f'  {self.sampled} masks opened, {self.sampled - len(self.faults)} as they should be')
         lines += [f'    {fault}' for fault in self.faults]
@@ -95,14 +96,10 @@ def check(root: str | os.PathLike[str] = ROOT, samples: int = 8, expected: Mappi
         mask_stems = {path.stem for path in (root / 'annotations' / split).glob('*.png')}
         images[split], masks[split] = len(image_stems), len(mask_stems)
         unpaired[split] = sorted(image_stems ^ mask_stems)
-        pairs = sorted(image_stems & mask_stems)
-        chosen = np.linspace(0, len(pairs) - 1, min(samples, len(pairs))).astype(int)
+        chosen = spread(sorted(image_stems & mask_stems), samples)
         sampled += len(chosen)
-        for index in chosen:
-            fault = _fault(
-                root / 'images' / split / f'{pairs[index]}.jpg',
-                root / 'annotations' / split / f'{pairs[index]}.png',
-            )
+        for stem in chosen:
+            fault = _fault(root / 'images' / split / f'{stem}.jpg', root / 'annotations' / split / f'{stem}.png')
             if fault is not None:
                 faults.append(fault)
     return Report(root, dict(expected), images, masks, unpaired, sampled, faults)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import ade20k
+from . import ade20k, imagenet
 
 # Data sets of mmpretrain that fetch themselves.
 _SELF_FETCHING = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
@@ -78,6 +78,12 @@ def _remedy(root: str, kind: str, dataset: Mapping[str, Any]) -> str:
         )
     if 'coco' in name:
         return f'the 2017 images and annotations from https://cocodataset.org/#download must lie in {root}'
-    if 'imagenet' in name:
-        return f'ImageNet-1k from https://image-net.org/download.php must lie in {root}'
+    if 'imagenet' in name or kind.rpartition('.')[2] in ('ImageNet', 'ImageNet21k'):
+        key = '22k' if '21k' in name + kind or '22k' in name else '1k'
+        data = imagenet.DATA[key]
+        options = ('' if key == '1k' else ' --data 22k') + ('' if root in ('', data.root) else f' --root {root}')
+        return (
+            f'{data.name} must lie in {root or data.root}, from {imagenet.PAGE}, which takes an account, and '
+            f'python tools/dataset_preparation/imagenet.py{options} says whether it is whole'
+        )
     return f'put it there, or name its place with --cfg-options (data_root, now {root or "not set"!r})'

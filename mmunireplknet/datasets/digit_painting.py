@@ -85,8 +85,8 @@ class Difficulty:
         ValueError: a value is out of its range.
     """
 
-    num_classes: int = 5
-    digits: tuple[int, int] = (3, 4)
+    num_classes: int = 10
+    digits: tuple[int, int] = (3, 6)
     scale: tuple[float, float] = (0.34, 0.56)
     rotation: float = 20.0
     overlap: float = 0.35
@@ -111,7 +111,7 @@ class Difficulty:
 
 
 DIFFICULTIES: Mapping[str, Difficulty] = {
-    'easy': Difficulty(5, (3, 3), (0.40, 0.56), 8.0, 0.0, 1.0, 60.0, 0.8),
+    'easy': Difficulty(10, (3, 6), (0.30, 0.48), 12.0, 0.0, 1.0, 60.0, 0.8),
     'medium': Difficulty(),
     'hard': Difficulty(10, (3, 6), (0.24, 0.50), 35.0, 0.5, 0.55, 28.0, 0.6),
 }

@@ -99,7 +99,7 @@ def generate(
     split_counts: Mapping[str, int],
     size: tuple[int, int] = (128, 128),
     seed: int = 0,
-    difficulty: str | Difficulty = 'medium',
+    difficulty: str | Difficulty = 'easy',
     progress: Callable[[int, int], object] | None = None,
     overwrite: bool = False,
 ) -> DigitScenes:

@@ -24,11 +24,34 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-__all__ = ['AtomicCheckpointHook', 'AtomicLocalBackend', 'latest_checkpoint']
+__all__ = ['AtomicCheckpointHook', 'AtomicLocalBackend', 'latest_checkpoint', 'replacing']
 
 BACKEND_NAME = 'mmuni_atomic'
 LAST_CHECKPOINT = 'last_checkpoint'
 OUTDATED_INFO = 'outdated_ckpts'
+
+
+@contextmanager
+def replacing(filepath: str | Path) -> Iterator[str]:
+    """Give the path of a temporary file that becomes ``filepath`` when the block ends without an error.
+
+    Args:
+        filepath: File to write or replace; its directory is made when it is missing.
+    """
+    target = os.fspath(filepath)
+    directory = osp.dirname(target) or '.'
+    os.makedirs(directory, exist_ok=True)
+    temporary = f'{target}.{os.getpid()}.tmp'
+    try:
+        yield temporary
+        with open(temporary, 'rb+') as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            os.remove(temporary)
+        raise
+    _sync_directory(directory)
 
 
 @register_backend(BACKEND_NAME, force=True)
@@ -41,21 +64,8 @@ class AtomicLocalBackend(LocalBackend):
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
         """Write ``obj`` to ``filepath``; the directory is made when it is missing."""
-        target = os.fspath(filepath)
-        directory = osp.dirname(target) or '.'
-        os.makedirs(directory, exist_ok=True)
-        temporary = f'{target}.{os.getpid()}.tmp'
-        try:
-            with open(temporary, 'wb') as file:
-                file.write(obj)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            with suppress(OSError):
-                os.remove(temporary)
-            raise
-        _sync_directory(directory)
+        with replacing(filepath) as temporary, open(temporary, 'wb') as file:
+            file.write(obj)
 
     def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
         """Write the text ``obj`` to ``filepath``; the directory is made when it is missing."""

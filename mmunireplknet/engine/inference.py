@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,14 @@ class Predictor:
         if 'test_pipeline' not in cfg:  # where mmseg's inference_model looks
             cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline
         device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+        if 'data_preprocessor' in cfg:  # beside the model, as mmpretrain's configs have it
+            cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
         model: nn.Module = MODELS.build(cfg.model)
         load_checkpoint(model, checkpoint)
         model = revert_sync_batchnorm(model).to(device).eval()
         meta = self._dataset_meta(cfg, checkpoint)
-        vars(model).update(cfg=cfg, dataset_meta=meta)  # where the inference functions of mm* look
+        # Where the inference functions of mmseg and mmdet look, and mmpretrain's.
+        vars(model).update(cfg=cfg, dataset_meta=meta, _config=cfg, _dataset_meta=meta)
         self.model = switch_to_deploy(model) if deploy else model
         self.visualizer = VISUALIZERS.build({**cfg.visualizer, 'name': f'predict-{id(self)}', 'vis_backends': None})
         self.visualizer.dataset_meta = meta
@@ -88,10 +92,16 @@ class Predictor:
         elif self.scope == 'mmdet':
             from mmdet.apis import inference_detector as inference_model
         else:
-            from mmpretrain.apis import inference_model
+            from mmpretrain.apis import ImageClassificationInferencer
+
+            return ImageClassificationInferencer(self.model)(str(image), return_datasamples=True)[0]
         return inference_model(self.model, str(image))
 
     def draw(self, image: str | Path, sample: Any, out: str | Path) -> None:
         """Write ``image`` with the prediction over it to ``out``."""
         picture = mmcv.imread(str(image), channel_order='rgb')
-        self.visualizer.add_datasample('', picture, sample, draw_gt=False, show=False, out_file=str(out))
+        if self.scope == 'mmpretrain':
+            draw = self.visualizer.visualize_cls
+        else:
+            draw = partial(self.visualizer.add_datasample, '')
+        draw(picture, sample, draw_gt=False, show=False, out_file=str(out))

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
-from ..models.checkpoint import CheckpointError
+from ..models.checkpoint import load_checkpoint
 from ..models.reparam import switch_to_deploy
 from .atomic_checkpoint_hook import latest_checkpoint
 
-__all__ = ['build_runner', 'evaluate', 'leave_process_group', 'load_config', 'prepare_training']
+__all__ = ['build_runner', 'check_tta', 'evaluate', 'leave_process_group', 'load_config', 'prepare_training']
 
 
 def load_config(
@@ -61,7 +62,8 @@ def prepare_training(
         cfg: Changed in place.
         resume: None, 'auto' for the latest checkpoint of the work dir, or a checkpoint.
         amp: Mixed precision: fp16 with loss scaling on a GPU, bf16 on the CPU.
-        auto_scale_lr: Scale the learning rate by the global batch size over the config's ``base_batch_size``.
+        auto_scale_lr: Scale the learning rate by the global batch size, accumulated iterations included, over the
+            config's ``base_batch_size``.
         seed: Seed of all random number generators.
         deterministic: Deterministic algorithms; resuming then is bit-exact.
 
@@ -75,6 +77,8 @@ def prepare_training(
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise ValueError('--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config.')
         cfg.auto_scale_lr.enable = True
+        # mmengine compares it with the images of one iteration, the learning rate is for those of one step.
+        cfg.auto_scale_lr.base_batch_size /= cfg.optim_wrapper.get('accumulative_counts', 1)
     if seed is not None or deterministic:
         cfg.randomness = ConfigDict({**cfg.get('randomness', {}), **({} if seed is None else dict(seed=seed))})
         cfg.randomness.deterministic = deterministic or cfg.randomness.get('deterministic', False)
@@ -88,14 +92,18 @@ def prepare_training(
 
 
 def _use_safe_hooks(cfg: Config) -> None:
-    """Write checkpoints atomically and with the states of all random generators, whatever the config names."""
+    """Write checkpoints atomically, with the states of all random generators; refuse those of another task."""
     hooks = cfg.setdefault('default_hooks', ConfigDict())
     checkpoint = hooks.setdefault('checkpoint', ConfigDict(type='CheckpointHook', interval=1))
     if checkpoint and checkpoint.get('type') == 'CheckpointHook':
         checkpoint.type = 'AtomicCheckpointHook'
-    custom = list(cfg.get('custom_hooks') or [])
-    if not any(hook.get('type') == 'RandomStateHook' for hook in custom):
-        cfg.custom_hooks = [*custom, ConfigDict(type='RandomStateHook')]
+    _add_hooks(cfg, 'CheckpointFitHook', 'RandomStateHook')
+
+
+def _add_hooks(cfg: Config, *names: str) -> None:
+    hooks = list(cfg.get('custom_hooks') or [])
+    there = {hook.get('type') for hook in hooks}
+    cfg.custom_hooks = [*hooks, *(ConfigDict(type=name) for name in names if name not in there)]
 
 
 def _use_amp(cfg: Config) -> None:
@@ -150,6 +158,22 @@ def _class_name(cfg: Mapping[str, Any]) -> str:
     return getattr(kind, '__name__', str(kind)).rpartition('.')[2]
 
 
+def check_tta(cfg: Config) -> None:
+    """Make sure that ``cfg`` says what test-time augmentation is; a classifier's default is a flip, as in mmpretrain.
+
+    Raises:
+        ValueError: It has no ``tta_model`` and ``tta_pipeline``.
+    """
+    if {'tta_model', 'tta_pipeline'} <= set(cfg):
+        return
+    if cfg.get('default_scope') != 'mmpretrain':
+        raise ValueError('--tta needs tta_model and tta_pipeline in the config, which has not both.')
+    *steps, pack = cfg.test_dataloader.dataset.pipeline
+    flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
+    cfg.tta_model = ConfigDict(type='AverageClsScoreTTA')
+    cfg.tta_pipeline = [*steps, ConfigDict(type='TestTimeAug', transforms=[flips, [pack]])]
+
+
 def evaluate(cfg: Config, checkpoint: str, deploy: bool = False, tta: bool = False) -> dict[str, float]:
     """Test a checkpoint, in its own form or reparameterized first.
 
@@ -157,7 +181,7 @@ def evaluate(cfg: Config, checkpoint: str, deploy: bool = False, tta: bool = Fal
         cfg: Config with a test loop; changed in place.
         checkpoint: File, https address or short name of a published file.
         deploy: Call ``switch_to_deploy`` on the loaded model before the evaluation.
-        tta: Test-time augmentation by the config's ``tta_model`` and ``tta_pipeline``.
+        tta: Test-time augmentation, see ``check_tta``.
 
     Returns:
         The metrics.
@@ -170,18 +194,13 @@ def evaluate(cfg: Config, checkpoint: str, deploy: bool = False, tta: bool = Fal
     # The state_dict of a checkpoint holds the averaged weights; EMAHook would swap parameters by position.
     cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if _class_name(hook) != 'EMAHook']
     if tta:
-        if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
-            raise ValueError('--tta needs tta_model and tta_pipeline in the config, which has not both.')
+        check_tta(cfg)
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     runner = build_runner(cfg)
-    try:
-        runner.load_checkpoint(checkpoint, strict=True)
-    except CheckpointError:
-        raise
-    except RuntimeError as error:
-        raise CheckpointError(f'{checkpoint} does not fit the config. {error}') from error
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    load_checkpoint(model.module if isinstance(model, BaseTTAModel) else model, checkpoint)
     runner._has_loaded = True
     if deploy:
         runner.model.eval()

@@ -18,14 +18,16 @@ from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
 from .arch_zoo import Arch, identify_arch
-from .checkpoint_file import CheckpointError, all_tensors, is_ema_copy, read_checkpoint, some
+from .checkpoint_file import CheckpointError, all_tensors, read_checkpoint, some
+from .layouts import STEM, drop_ema_copies, from_published, other_task
 
 if TYPE_CHECKING:
     from .unireplknet import UniRepLKNet
 
-__all__ = ['CheckpointError', 'adapt_stem', 'check_state_dict', 'identify', 'load_checkpoint', 'read_checkpoint']
+__all__ = [
+    'CheckpointError', 'adapt_stem', 'check_full', 'check_state_dict', 'identify', 'load_checkpoint', 'read_checkpoint',
+]  # fmt: skip
 
-STEM = 'downsample_layers.0.0.weight'
 CONVERT = 'python tools/reparameterize.py CONFIG CHECKPOINT OUT'
 
 
@@ -203,16 +205,19 @@ def load_checkpoint(
         model = cast(nn.Module, model.module)
     data = read_checkpoint(file, map_location)
     try:
-        entries = all_tensors(data, key)
-        state = {k: v for k, v in entries.items() if not is_ema_copy(k)}
+        state = all_tensors(data, key)
+        copies = drop_ema_copies(state)
         prefix = _find_prefix(state, prefix)
         if isinstance(model, UniRepLKNet):
             report = _load_backbone(model, state, prefix)
         else:
-            report = _load_full(model, state if prefix else _as_classifier(state))
+            state = from_published(state)
+            check_full(model, state)
+            model.load_state_dict(state)
+            report = dict(missing=[], unexpected=[])
     except CheckpointError as error:
         raise CheckpointError(f'{file}: {error}') from error
-    report['unexpected'] += [k for k in entries if k not in state]
+    report['unexpected'] += copies
     for what, names in report.items():
         if names:
             print_log(f'{file}: {len(names)} {what} entries, as it should be: {some(names)}', logger='current')
@@ -268,27 +273,34 @@ def _load_backbone(model: UniRepLKNet, state: dict[str, Tensor], prefix: str) ->
     return dict(missing=missing, unexpected=extra + [k for k in state if not k.startswith(prefix)])
 
 
-def _load_full(model: nn.Module, state: dict[str, Tensor]) -> dict[str, list[str]]:
+def check_full(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Refuse weights that do not fit a whole model entry by entry.
+
+    Args:
+        model: A detector, segmentor or classifier, also on the meta device.
+        state: Weights by the model's own names (see ``layouts.from_published``).
+
+    Raises:
+        CheckpointError: Another task, form or variant; anything missing, unexpected or misshapen.
+    """
     from .unireplknet import UniRepLKNet
 
+    own = model.state_dict()
+    if message := other_task(state, own):
+        raise CheckpointError(message)
     for name, module in model.named_modules():
         if isinstance(module, UniRepLKNet):
             check_state_dict(module, state, f'{name}.')
-    own = model.state_dict()
     missing = [k for k in own if k not in state and not k.endswith('num_batches_tracked')]
     extra = [k for k in state if k not in own]
-    wrong = [k for k in own if k in state and own[k].shape != state[k].shape and not k.endswith(STEM)]
+    wrong = [
+        f'{k} {[*state[k].shape]} for {[*own[k].shape]}'
+        for k in own
+        if k in state and own[k].shape != state[k].shape and not k.endswith(STEM)
+    ]
     if missing or extra or wrong:
         raise CheckpointError(
             f'the file does not fit {type(model).__name__}: missing {some(missing)}; unexpected {some(extra)}; '
             f'of another shape {some(wrong)}. Heads must agree with the config (num_classes, channels); '
             'to take only the backbone, call load_checkpoint(model.backbone, file).'
         )
-    model.load_state_dict(state)
-    return dict(missing=[], unexpected=[])
-
-
-def _as_classifier(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        k.replace('head.', 'head.fc.', 1) if k.startswith('head.') else f'backbone.{k}': v for k, v in state.items()
-    }

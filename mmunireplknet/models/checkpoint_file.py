@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from http.client import HTTPException
 from pathlib import Path
@@ -18,8 +20,9 @@ from torch import Tensor
 
 from ..compat import safe_torch_load
 from .arch_zoo import CHECKPOINTS, PAGE
+from .layouts import drop_ema_copies
 
-__all__ = ['CheckpointError', 'all_tensors', 'find_checkpoint', 'is_ema_copy', 'read_checkpoint', 'some', 'unwrap']
+__all__ = ['CheckpointError', 'all_tensors', 'find_checkpoint', 'read_checkpoint', 'some', 'unwrap']
 
 WRAPPERS = ('state_dict', 'model', 'model_ema', 'module')
 
@@ -80,22 +83,27 @@ def _download(url: str, file: str, sha256: str, advice: str) -> Path:
     return path
 
 
-def read_checkpoint(name: str | Path, map_location: Any = 'cpu') -> dict:
+def read_checkpoint(name: str | Path, map_location: Any = 'cpu', mmap: bool = False) -> dict:
     """Read a checkpoint file as tensors and plain data; nothing in it is ever executed.
 
     Args:
         name: As for ``find_checkpoint``.
         map_location: As for ``torch.load``.
+        mmap: Leave the tensors on the disk until they are used, where the format can; the file must not change then.
 
     Returns:
-        The dict in the file, as it is.
+        The dict in the file, as it is; of a .safetensors file its tensors as 'state_dict', and 'meta'.
 
     Raises:
         CheckpointError: The file is truncated, no checkpoint, or holds objects that only code could restore.
     """
     path = find_checkpoint(name)
     try:
-        data = safe_torch_load(path, map_location)
+        if path.suffix == '.safetensors':
+            return _read_safetensors(path, map_location)
+        data = safe_torch_load(path, map_location, mmap=mmap and zipfile.is_zipfile(path))
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         wanted = re.search(r'(?:GLOBAL|global|Unsupported class|class) [`\']?([\w.]+)', str(error))
         what = f' ({wanted.group(1)})' if wanted else ''
@@ -114,6 +122,17 @@ def read_checkpoint(name: str | Path, map_location: Any = 'cpu') -> dict:
     return data
 
 
+def _read_safetensors(path: Path, map_location: Any) -> dict:
+    try:
+        from safetensors import safe_open
+    except ModuleNotFoundError as error:
+        raise CheckpointError(f'{path}: reading this format takes the package safetensors: pip install it.') from error
+    device = map_location if isinstance(map_location, (str, torch.device)) else 'cpu'
+    with safe_open(path, framework='pt', device=str(device)) as file:
+        text = (file.metadata() or {}).get('meta', '{}')
+        return dict(meta=json.loads(text), state_dict={name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+
+
 def unwrap(data: Mapping, key: str | None = None) -> dict[str, Tensor]:
     """The state dict inside a checkpoint, without wrappers, ``module.`` prefix and mmdet 2 EMA copies.
 
@@ -124,7 +143,9 @@ def unwrap(data: Mapping, key: str | None = None) -> dict[str, Tensor]:
     Raises:
         CheckpointError: There are no tensors, or ``key`` is not there.
     """
-    return {k: v for k, v in all_tensors(data, key).items() if not is_ema_copy(k)}
+    state = all_tensors(data, key)
+    drop_ema_copies(state)
+    return state
 
 
 def all_tensors(data: Mapping, key: str | None = None) -> dict[str, Tensor]:
@@ -134,14 +155,11 @@ def all_tensors(data: Mapping, key: str | None = None) -> dict[str, Tensor]:
     found = key or next((k for k in WRAPPERS if isinstance(data.get(k), Mapping)), None)
     state = data if found is None else data[found]
     tensors = {str(k).removeprefix('module.'): v for k, v in state.items() if isinstance(v, Tensor)}
+    if found == 'ema_state_dict':
+        tensors.pop('steps', None)  # mmengine's counter of updates
     if not tensors:
         raise CheckpointError(f'no tensors in the checkpoint; its entries are {some(data)}.')
     return tensors
-
-
-def is_ema_copy(key: str) -> bool:
-    """Whether mmdet 2's EMA hook made this entry, as ema_backbone_stages_...; the plain keys hold the averages."""
-    return key.startswith('ema_') and '.' not in key
 
 
 def some(items: Iterable) -> str:

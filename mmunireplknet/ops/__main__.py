@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from ..analysis.peers import DIRECTIONS, LAYOUTS, by_backend, by_torch
+from ..analysis.timing import interleave
 from . import backends, build
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LAYOUTS = {'NCHW': torch.contiguous_format, 'channels_last': torch.channels_last}
 KERNELS = (3, 7, 13, 31)
 STAGE = (1, 80, 56, 56)  # map for which the choice is shown
 SHAPE, KERNEL = (1, 320, 32, 32), 13  # map and kernel that are timed
-DIRECTIONS = ('forward', 'input gradient', 'weight gradient')
-SECONDS = 0.2  # for each figure; at least three runs
+SECONDS = 0.6  # for each line, whose figures are measured in turn
 
 
 def _table(rows: list[list[str]]) -> str:
@@ -61,52 +57,16 @@ def _auto() -> str:
     return text
 
 
-def _torch_as_it_is(x: Tensor, weight: Tensor) -> tuple[Callable, ...]:
-    """Forward, input gradient and weight gradient without this package."""
-    padding, groups = weight.shape[-1] // 2, x.shape[1]
-
-    def gradient(*mask: bool) -> tuple:
-        return torch.ops.aten.convolution_backward(
-            x, x, weight, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], groups, mask
-        )
-
-    return (
-        lambda: F.conv2d(x, weight, padding=padding, groups=groups),
-        lambda: gradient(True, False, False),
-        lambda: gradient(False, True, False),
-    )
-
-
-def _backend(name: str, x: Tensor, weight: Tensor) -> tuple[Callable, ...]:
-    ops = torch.ops.mmuni
-    return (
-        lambda: ops.depthwise_conv2d(x, weight, None, 1, name),
-        lambda: ops.depthwise_conv2d_input_grad(x, weight, 1, name),
-        lambda: ops.depthwise_conv2d_weight_grad(x, x, weight.shape[-1], 1, name),
-    )
-
-
-def _milliseconds(function: Callable) -> float:
-    """Median of the runs that fit into ``SECONDS``, three at least, after one to warm up."""
-    function()
-    times: list[float] = []
-    end = time.perf_counter() + SECONDS
-    while len(times) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
-
-
 def _timed_rows(names: list[str]) -> Iterator[list[str]]:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(SHAPE[1], 1, KERNEL, KERNEL, generator=generator)
     for layout, memory_format in LAYOUTS.items():
         x = torch.randn(SHAPE, generator=generator).contiguous(memory_format=memory_format)
-        functions = [_torch_as_it_is(x, weight), *(_backend(name, x, weight) for name in names)]
-        for direction, alternatives in zip(DIRECTIONS, zip(*functions, strict=True), strict=True):
-            base, *others = (_milliseconds(function) for function in alternatives)
-            yield [layout, direction, f'{base:.2f}', *(f'{ms:.2f} ({base / ms:.1f}x)' for ms in others)]
+        for direction, label in zip(DIRECTIONS, ('forward', 'input gradient', 'weight gradient'), strict=True):
+            functions = {name: by_backend(direction, x, x, weight, name) for name in names}
+            timings = interleave({'base': by_torch(direction, x, x, weight), **functions}, SECONDS)
+            base, *others = (timing.median for timing in timings.values())
+            yield [layout, label, f'{base:.2f}', *(f'{ms:.2f} ({base / ms:.1f}x)' for ms in others)]
 
 
 def _timing() -> str:

@@ -13,7 +13,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from . import build, reference
+from . import reference
 
 __all__ = ['BACKENDS', 'choose', 'require', 'suits_cpp', 'why_not']
 
@@ -36,6 +36,8 @@ def why_not(backend: str) -> str:
 
 @functools.cache
 def _why_not_cpp() -> str:
+    from . import build  # not at the top: python -m mmunireplknet.ops.build warns of a module that is there already
+
     file = build.library_file()
     if file is None:
         return f'the CPU kernels are not built: {build.why_not() or "run python -m mmunireplknet.ops.build."}'

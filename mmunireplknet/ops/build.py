@@ -4,7 +4,7 @@ One shared library on the LibTorch stable ABI, independent of the versions of Py
 a C++17 compiler, GCC 9 or Clang 12 and newer, and seconds. The library lands beside this file, or in the user's cache
 where that folder is read-only; its name carries a hash of the sources, so that a stale one is never loaded.
 
-``setup.py`` runs this file by its path: it imports nothing but the standard library, and torch where it builds.
+``setup.py`` runs this file by its path: it imports nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shlex
@@ -86,11 +87,12 @@ def build(folder: Path | None = None) -> Path:
     """
     if reason := why_not():
         raise RuntimeError(f'The CPU kernels cannot be built: {reason}')
-    import torch
-
     folder = folder or (HERE if os.access(HERE, os.W_OK) else cache_folder())
-    folder.mkdir(parents=True, exist_ok=True)
-    root = Path(torch.__file__).parent
+    root = _torch_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
     command = [*compiler(), *FLAGS, TORCH_TARGET, f'-I{root / "include"}']
     sources = sorted(SOURCES.glob('*.cpp'))
     with tempfile.TemporaryDirectory() as scratch:
@@ -105,18 +107,37 @@ def build(folder: Path | None = None) -> Path:
     return folder / library_name()
 
 
+def _torch_folder() -> Path:
+    """Where torch's headers are. It is not imported: a torch that cannot be has them as well.
+
+    Raises:
+        RuntimeError: There is no such folder.
+    """
+    spec = importlib.util.find_spec('torch')
+    if spec is None or spec.origin is None:
+        raise RuntimeError('The CPU kernels cannot be built: the files of torch are missing; install torch again.')
+    return Path(spec.origin).parent
+
+
 def _install(library: Path, folder: Path) -> None:
-    """Put the library into ``folder`` whole or not at all, and remove those of other sources from the package."""
+    """Put the library into ``folder`` whole or not at all; if that is the package, those of other sources go."""
     partial = folder / f'{library.name}.{os.getpid()}.partial'
     try:
         shutil.copyfile(library, partial)
         partial.replace(folder / library.name)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise RuntimeError(f'The CPU kernels cannot be written to {folder}: {error}') from error
-    for stale in HERE.glob(f'mmuni_cpu-*-{platform.machine()}.so'):
+        raise _unwritable(folder, error) from error
+    if not folder.samefile(HERE):
+        return  # the user's cache is shared with other versions of this package
+    for stale in folder.glob(f'mmuni_cpu-*-{platform.machine()}.so'):
         if stale.name != library_name():
-            stale.unlink()
+            stale.unlink(missing_ok=True)
+
+
+def _unwritable(folder: Path, error: OSError) -> RuntimeError:
+    advice = ' XDG_CACHE_HOME can name another folder.' if folder == cache_folder() else ''
+    return RuntimeError(f'The CPU kernels cannot be written to {folder}: {error}.{advice}')
 
 
 def _run(command: list[str]) -> None:
@@ -132,15 +153,17 @@ def main() -> None:
     )
     parser.add_argument('--force', action='store_true', help='build even if the library is there')
     args = parser.parse_args()
-    file = library_file()
-    if file and not args.force:
-        sys.stdout.write(f'{file} is up to date\n')
-        return
     start = time.monotonic()
     try:
+        file = library_file()
+        if file and not args.force:
+            sys.stdout.write(f'{file} is up to date\n')
+            return
         file = build()
     except RuntimeError as error:
         sys.exit(str(error))
+    except OSError as error:  # no folder for temporary files, for instance
+        sys.exit(f'The CPU kernels cannot be built: {error}.')
     sys.stdout.write(f'{file} built in {time.monotonic() - start:.0f} s\n')
 
 

@@ -20,10 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import compat
 from . import backends
 from .depthwise import _library, _tags
-from .linear import without_autocast
+from .linear import autocast_device, without_autocast
 
 __all__ = ['dilated_reparam_conv', 'merge_branches']
 
@@ -62,7 +61,7 @@ def dilated_reparam_conv(
     Raises:
         ValueError: Fewer than two values a channel, of which no variance can be taken.
     """
-    device = compat.autocast_device(x)
+    device = autocast_device(x)
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     group_size = 1 if process_group is None else dist.get_world_size(process_group)

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import compat
-
-__all__ = ['linear', 'product', 'without_autocast']
+__all__ = ['autocast_device', 'linear', 'product', 'without_autocast']
 
 Function = TypeVar('Function', bound=Callable)
+
+
+def autocast_device(x: Tensor) -> str:
+    """Type of the device whose autocast applies to ``x``; 'cpu' for one that has none, such as meta."""
+    return x.device.type if torch.amp.is_autocast_available(x.device.type) else 'cpu'
 
 
 def without_autocast(backward: Function) -> Function:
@@ -22,7 +25,7 @@ def without_autocast(backward: Function) -> Function:
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, grad: Tensor, *rest: Any) -> Any:
-        with torch.autocast(compat.autocast_device(grad), enabled=False):
+        with torch.autocast(autocast_device(grad), enabled=False):
             return backward(ctx, grad, *rest)
 
     return cast(Function, wrapped)

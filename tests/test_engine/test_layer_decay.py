@@ -1,4 +1,4 @@
-"""The layer-decay constructor against a table of the published rule that is written down here."""
+"""The layer-decay constructor against the table of the published rule, and what it refuses and logs."""
 
 import functools
 import logging
@@ -7,91 +7,32 @@ import re
 import pytest
 import torch
 from mmengine.logging import MMLogger
-from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, DefaultScope
+from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-from mmunireplknet import UniRepLKNet
 from mmunireplknet.engine import LayerDecayOptimWrapperConstructor
 from mmunireplknet.models import ARCHS
 from mmunireplknet.models.layers import GRN
 
-LR, WEIGHT_DECAY = 1e-4, 0.05
-TINY = dict(depths=(1, 1, 7, 1), dims=(8, 16, 32, 64), kernel_sizes=(3, 5, 7, 3))
-
-# The published rule for 12 layers, by group of parameters: (names behind the backbone's prefix, depth).
-DEPTHS = (
-    (r'downsample_layers\.0\..*', 0),
-    (r'stages\.0\..*', 1),
-    (r'(downsample_layers\.1|stages\.1)\..*', 2),
-    (r'(downsample_layers\.2|stages\.2\.[012])\..*', 3),
-    (r'stages\.2\.[345]\..*', 4),
-    (r'stages\.2\.[678]\..*', 5),
-    (r'stages\.2\.(9|10|11)\..*', 6),
-    (r'stages\.2\.1[234]\..*', 7),
-    (r'stages\.2\.1[567]\..*', 8),
-    (r'stages\.2\.(18|19|20)\..*', 9),
-    (r'stages\.2\.2[123]\..*', 10),
-    (r'stages\.2\.2[456]\..*', 11),
-    (r'(downsample_layers\.3|stages\.3)\..*', 12),
+from .layer_decay_cases import (
+    LR,
+    WEIGHT_DECAY,
+    Model,
+    actual,
+    assert_same,
+    construct,
+    published,
+    published_depth,
+    tiny,
 )
-# The scales that the rule gives at those depths, as printed: decay rate -> depth -> scale to four places.
+
+# The scales that the rule gives at some depths, as printed: decay rate -> depth -> scale to four places.
 SCALES = {
     0.8: {0: 0.0550, 1: 0.0687, 2: 0.0859, 3: 0.1074, 11: 0.64, 12: 0.8, 13: 1.0},
     0.7: {0: 0.0097, 1: 0.0138, 2: 0.0198, 3: 0.0282, 11: 0.49, 12: 0.7, 13: 1.0},
     0.9: {0: 0.2542, 1: 0.2824, 2: 0.3138, 3: 0.3487, 11: 0.81, 12: 0.9, 13: 1.0},
 }
 GRN_AFFINE = re.compile(r'.*stages\.\d+\.\d+\.act\.1\.(gamma|beta)')
-
-
-def published_depth(name, prefix):
-    if name.startswith(prefix):
-        for pattern, depth in DEPTHS:
-            if re.fullmatch(pattern, name[len(prefix) :]):
-                return depth
-    return 13
-
-
-def published(model, decay_rate, prefix='backbone.'):
-    """(learning-rate scale, weight decay) of every parameter, from the table."""
-    rule = {}
-    for name, parameter in model.named_parameters():
-        exempt = parameter.dim() == 1 or name.endswith('.bias')
-        rule[name] = (decay_rate ** (13 - published_depth(name, prefix)), 0.0 if exempt else WEIGHT_DECAY)
-    return rule
-
-
-def construct(model, optimizer=None, **paramwise):
-    optimizer = optimizer or dict(type='AdamW', lr=LR, betas=(0.9, 0.999), weight_decay=WEIGHT_DECAY)
-    constructor = OPTIM_WRAPPER_CONSTRUCTORS.build(
-        dict(
-            type='LayerDecayOptimWrapperConstructor',
-            optim_wrapper_cfg=dict(type='OptimWrapper', optimizer=optimizer),
-            paramwise_cfg=paramwise,
-        )
-    )
-    return constructor(model)
-
-
-def actual(model, wrapper, lr=LR):
-    """(learning-rate scale, weight decay) of every parameter that the optimizer has."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    rule = {}
-    for group in wrapper.optimizer.param_groups:
-        for parameter in group['params']:
-            name = names[id(parameter)]
-            assert name not in rule, f'{name} is in two groups'
-            rule[name] = (group['lr'] / lr, group['weight_decay'])
-    return rule
-
-
-def assert_same(ours, expected):
-    assert ours.keys() == expected.keys()
-    wrong = {
-        name: (ours[name], expected[name])
-        for name in expected
-        if ours[name][0] != pytest.approx(expected[name][0], rel=1e-9) or ours[name][1] != expected[name][1]
-    }
-    assert wrong == {}
 
 
 def build(task, arch, **backbone):
@@ -127,22 +68,6 @@ def build(task, arch, **backbone):
 @functools.cache
 def meta_model(task, arch):
     return build(task, arch)
-
-
-def tiny(**kwargs):
-    return UniRepLKNet(TINY, **kwargs)
-
-
-class Model(nn.Module):
-    """Backbone and head, as the tasks have them."""
-
-    def __init__(self, backbone=None):
-        super().__init__()
-        self.backbone = backbone or tiny()
-        self.head = nn.Linear(64, 3)
-
-    def forward(self, x):
-        return self.head(self.backbone(x)[-1].mean((2, 3)))
 
 
 @pytest.mark.parametrize('decay_rate', [0.8, 0.85, 1.0])
@@ -301,97 +226,6 @@ def test_without_weight_decay_the_optimizer_keeps_its_own():
     assert {group['weight_decay'] for group in groups} == {0}
     groups = construct(Model(), dict(type='AdamW', lr=1.0), decay_rate=0.8).optimizer.param_groups
     assert {group['weight_decay'] for group in groups} == {0.0, 0.01}  # torch's default, and the exempt
-
-
-class Nested(Model):
-    """What MMSeparateDistributedDataParallel makes of a model: the wrapper is around the backbone."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = nn.parallel.DataParallel(self.backbone)
-
-
-def test_wrapped_models():
-    model = Model()
-    wrapped = nn.parallel.DataParallel(model)
-    assert_same(actual(model, construct(wrapped, decay_rate=0.9)), published(model, 0.9))
-    model = Nested()
-    rule = actual(model, construct(model, decay_rate=0.9))
-    assert_same(rule, published(model, 0.9, prefix='backbone.module.'))
-    assert len({scale for scale, _ in rule.values()}) > 5
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-def test_distributed_data_parallel(process_group):
-    from mmengine.model import MMDistributedDataParallel
-
-    model = Model()
-    wrapped = MMDistributedDataParallel(model)
-    assert_same(actual(model, construct(wrapped, decay_rate=0.9)), published(model, 0.9))
-
-
-def _check_fsdp(rank, store):
-    from mmengine.model import MMFullyShardedDataParallel
-    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-
-    from mmunireplknet.models import UniRepLKNetBlock
-
-    torch.distributed.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
-    torch.manual_seed(0)
-    model = Model()
-    expected = published(model, 0.9)
-    policy = ModuleWrapPolicy({UniRepLKNetBlock})
-    cpu = torch.device('cpu')
-    wrapped = MMFullyShardedDataParallel(model, use_orig_params=True, auto_wrap_policy=policy, device_id=cpu)
-    assert {parameter.dim() for parameter in wrapped.parameters()} == {1}  # so that the shape says nothing
-    wrapper = construct(wrapped, decay_rate=0.9)
-    names = {id(parameter): name for name, parameter in wrapped.module.named_parameters()}
-    rule = {
-        names[id(parameter)].replace('_fsdp_wrapped_module.', ''): (group['lr'] / LR, group['weight_decay'])
-        for group in wrapper.optimizer.param_groups
-        for parameter in group['params']
-    }
-    assert_same(rule, expected)
-    flat = MMFullyShardedDataParallel(Model(), use_orig_params=False, device_id=cpu)
-    with pytest.raises(ValueError, match='use_orig_params=True'):
-        construct(flat, decay_rate=0.9)
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_fully_sharded_data_parallel(tmp_path):
-    torch.multiprocessing.spawn(_check_fsdp, (str(tmp_path / 'store'),), nprocs=2)
-
-
-def test_model_without_layer_depth():
-    with pytest.raises(TypeError, match=r'The backbone of Model is a Conv2d, .*get_layer_depth.*DefaultOptimWrapper'):
-        construct(Model(nn.Conv2d(3, 64, 1)), decay_rate=0.9)
-    with pytest.raises(TypeError, match='The model is a Linear'):
-        construct(nn.Linear(2, 2), decay_rate=0.9)
-
-
-class OwnRule(nn.Linear):
-    """A backbone that counts its layers by itself, as those of mmpretrain do."""
-
-    def get_layer_depth(self, param_name, prefix=''):
-        return (1 if param_name == prefix + 'weight' else 3), 4
-
-
-def test_backbones_with_a_rule_of_their_own():
-    model = Model(OwnRule(4, 64))
-    rule = actual(model, construct(model, decay_rate=0.5))
-    assert {name: scale for name, (scale, _) in rule.items()} == pytest.approx(
-        {'backbone.weight': 0.25, 'backbone.bias': 1.0, 'head.weight': 1.0, 'head.bias': 1.0}
-    )
-    construct(model, decay_rate=0.5, num_layers=2)
-    with pytest.raises(ValueError, match='OwnRule always counts 2 layers: leave num_layers out'):
-        construct(model, decay_rate=0.5, num_layers=12)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,11 @@
-"""One thread: these models are too small to gain from more, and several test runs on one machine lose much."""
-
 import pytest
-import torch
+
+from mmunireplknet.models import checkpoint
 
 
-@pytest.fixture(scope='module', autouse=True)
-def single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture
+def checkpoint_log(monkeypatch):
+    """The log lines of the checkpoint module."""
+    lines = []
+    monkeypatch.setattr(checkpoint, 'print_log', lambda text, **_: lines.append(text))
+    return lines

@@ -63,7 +63,6 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (DilatedReparamBlock, '_forward_merged', 'merged'),
     ):
         monkeypatch.setattr(cls, name, wrap(getattr(cls, name), label))
-    monkeypatch.delenv('MMUNI_DW_BACKEND', raising=False)
     return calls
 
 

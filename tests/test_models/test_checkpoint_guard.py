@@ -123,15 +123,6 @@ def test_reparameterized_in_place():
         model.load_state_dict(tiny().state_dict(), strict=False)
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    import torch.distributed as dist
-
-    dist.init_process_group('gloo', init_method=(tmp_path / 'store').as_uri(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def test_ddp(tmp_path, process_group):
     from mmengine.model import MMDistributedDataParallel
     from torch.nn.parallel import DistributedDataParallel

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..procedural import image, relative_error
-from ..test_ops.conftest import cpp  # noqa: F401
 from .fused_cases import DIM, block, check, check_model, differences, figures, layered, map_of, reference, results, spy
 from .tiny import blocks, tiny
 

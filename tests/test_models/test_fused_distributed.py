@@ -16,7 +16,6 @@ from mmunireplknet.models import norms
 from mmunireplknet.models.dilated_reparam import DilatedReparamBlock
 
 from ..procedural import image, randomise
-from ..test_ops.conftest import cpp  # noqa: F401
 from .fused_cases import DIM, Results, block, differences, figures, layered, results, small
 
 pytestmark = [pytest.mark.usefixtures('cpp'), pytest.mark.slow]
@@ -159,15 +158,11 @@ def test_without_a_group_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize('training', [True, False])
-def test_a_group_of_one(training: bool, tmp_path: Path) -> None:
+def test_a_group_of_one(training: bool, process_group: None) -> None:
     """It is BN, and nothing is reduced."""
-    dist.init_process_group('gloo', init_method=(tmp_path / 'store').as_uri(), rank=0, world_size=1)
-    try:
-        x = image((4, DIM, 9, 14)).contiguous(memory_format=torch.channels_last)
-        alone = results(block(13).train(training), x)
-        synchronised = results(block(13, norm_cfg=SYNC).train(training), x)
-    finally:
-        dist.destroy_process_group()
+    x = image((4, DIM, 9, 14)).contiguous(memory_format=torch.channels_last)
+    alone = results(block(13).train(training), x)
+    synchronised = results(block(13, norm_cfg=SYNC).train(training), x)
     assert torch.equal(alone.outputs[0], synchronised.outputs[0])
     assert all(torch.equal(g, synchronised.grads[name]) for name, g in alone.grads.items())
     assert all(torch.equal(b, synchronised.buffers[name]) for name, b in alone.buffers.items())

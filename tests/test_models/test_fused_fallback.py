@@ -5,7 +5,6 @@ import torch
 from torch import Tensor, nn
 
 from ..procedural import image, relative_error
-from ..test_ops.conftest import cpp  # noqa: F401
 from .fused_cases import block, check, check_model, layered, map_of, reference, results, spy
 from .tiny import tiny
 

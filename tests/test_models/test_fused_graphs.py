@@ -14,16 +14,14 @@ from torch import Tensor, nn
 from mmunireplknet.models.block import UniRepLKNetBlock
 
 from ..procedural import image, relative_error
-from ..test_ops.conftest import cpp  # noqa: F401
 from .fused_cases import Results, block, check, figures, layered, map_of, reference, results, small
 
 pytestmark = pytest.mark.usefixtures('cpp')
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing compiled before, and no wish for a backend, which compiled code takes for a constant."""
-    monkeypatch.delenv('MMUNI_DW_BACKEND', raising=False)
+def fresh(no_wish: None) -> None:
+    """Nothing compiled before, nor with a wish for a backend, which compiled code takes for a constant."""
     torch._dynamo.reset()
 
 

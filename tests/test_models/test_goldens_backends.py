@@ -10,7 +10,6 @@ from mmunireplknet import UniRepLKNet
 from mmunireplknet.models.block import UniRepLKNetBlock
 
 from ..procedural import GOLDENS
-from ..test_ops.conftest import cpp  # noqa: F401
 from . import test_goldens
 
 pytestmark = pytest.mark.usefixtures('cpp')

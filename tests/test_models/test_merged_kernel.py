@@ -296,14 +296,13 @@ class Peek(Hook):
 
 
 @pytest.fixture
-def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv('MMUNI_DW_BACKEND', raising=False)
+def kept_random_state() -> Iterator[None]:
     state = torch.get_rng_state()
     yield
     torch.set_rng_state(state)
 
 
-def test_weights_swapped_by_mmengine(tmp_path: Path, quiet: None) -> None:
+def test_weights_swapped_by_mmengine(tmp_path: Path, kept_random_state: None) -> None:
     """EMAHook exchanges the weights for their averages through ``.data``, and the loop calls ``eval()`` after that."""
     data, peek = [dict(inputs=x, label=torch.zeros(())) for x in image((2, 3, 64, 64))], Peek()
     loader = dict(

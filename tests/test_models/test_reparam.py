@@ -20,6 +20,7 @@ from mmunireplknet.models.unireplknet import UniRepLKNetBlock
 from mmunireplknet.ops import merge_branches
 
 from ..procedural import image, randomise, relative_error
+from ..test_ops.reparam_cases import PUBLISHED
 from .tiny import TINY, classifier, detector, segmentor, tiny
 
 # Relative L2 error of a folded block and backbone against the unfolded one of the same precision.
@@ -108,14 +109,7 @@ def test_default_branches(kernel_size):
 
 def test_published_branches():
     """The table of the official code, and our rule for larger kernels, which continues it."""
-    assert PUBLISHED_BRANCHES == {
-        7: ((5, 1), (3, 2), (3, 3)),
-        9: ((5, 1), (5, 2), (3, 3), (3, 4)),
-        11: ((5, 1), (5, 2), (3, 3), (3, 4), (3, 5)),
-        13: ((5, 1), (7, 2), (3, 3), (3, 4), (3, 5)),
-        15: ((5, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
-        17: ((5, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
-    }
+    assert PUBLISHED_BRANCHES == PUBLISHED
     assert default_branches(31) == ((5, 1), (15, 2), (3, 7), (3, 10), (3, 14))
     for published in (13, 17):  # as the docstring says
         radius = published // 2

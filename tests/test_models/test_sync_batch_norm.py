@@ -165,44 +165,36 @@ def test_has_what_the_forward_of_torch_uses(training):
         nn.SyncBatchNorm.forward(norm, x[0, 0, 0])
 
 
-def test_group_of_one(tmp_path, logged):
+def test_group_of_one(process_group, logged):
     """torch's own refuses the CPU here; this one is BN, and needs not say so."""
-    dist.init_process_group('gloo', init_method=(tmp_path / 'store').as_uri(), rank=0, world_size=1)
-    try:
-        x = image((4, 6, 5, 7))
-        with pytest.raises(ValueError, match='on GPU'):
-            nn.SyncBatchNorm(6)(x)
-        plain, norm = randomise(nn.BatchNorm2d(6)), randomise(SyncBatchNorm(6))
-        assert torch.equal(norm(x), plain(x))
-        assert all(torch.equal(v, plain.state_dict()[k]) for k, v in norm.state_dict().items())
-    finally:
-        dist.destroy_process_group()
+    x = image((4, 6, 5, 7))
+    with pytest.raises(ValueError, match='on GPU'):
+        nn.SyncBatchNorm(6)(x)
+    plain, norm = randomise(nn.BatchNorm2d(6)), randomise(SyncBatchNorm(6))
+    assert torch.equal(norm(x), plain(x))
+    assert all(torch.equal(v, plain.state_dict()[k]) for k, v in norm.state_dict().items())
     assert not logged
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize('shape', [(8, 6, 5, 7), (8, 6), (8, 6, 9)], ids=str)
-def test_formula(tmp_path, dtype, shape):
+def test_formula(process_group, dtype, shape):
     """The synchronised formula itself, in a group of one, against BN: outputs, gradients, statistics."""
-    dist.init_process_group('gloo', init_method=(tmp_path / 'store').as_uri(), rank=0, world_size=1)
-    try:
-        kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}[len(shape)]
-        plain, norm = randomise(kind(6)), randomise(SyncBatchNorm(6))
-        if dtype == torch.float64:
-            plain, norm = plain.double(), norm.double()
-        results = []
-        for module in (plain, norm._forward_synchronised):
-            x = (3 * image(shape) + 100).to(dtype).requires_grad_()  # a mean far from 0: E[x^2] - E[x]^2 cancels
-            y = module(x)
-            assert y.dtype == dtype
-            (y * image(shape, 1).to(dtype)).sum().backward()
-            results.append((y.detach(), x.grad))
-        tolerance = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 1e-2}[dtype]
-        for ours, theirs in zip(results[1], results[0], strict=True):
-            assert relative_error(ours, theirs) < tolerance
-        for name, p in norm.named_parameters():
-            assert relative_error(p.grad, dict(plain.named_parameters())[name].grad) < tolerance
-        for name, b in norm.named_buffers():
-            assert relative_error(b, dict(plain.named_buffers())[name]) < (tolerance if b.dim() else 0.1), name
-    finally:
-        dist.destroy_process_group()
+    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}[len(shape)]
+    plain, norm = randomise(kind(6)), randomise(SyncBatchNorm(6))
+    if dtype == torch.float64:
+        plain, norm = plain.double(), norm.double()
+    results = []
+    for module in (plain, norm._forward_synchronised):
+        x = (3 * image(shape) + 100).to(dtype).requires_grad_()  # a mean far from 0: E[x^2] - E[x]^2 cancels
+        y = module(x)
+        assert y.dtype == dtype
+        (y * image(shape, 1).to(dtype)).sum().backward()
+        results.append((y.detach(), x.grad))
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 1e-2}[dtype]
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        assert relative_error(ours, theirs) < tolerance
+    for name, p in norm.named_parameters():
+        assert relative_error(p.grad, dict(plain.named_parameters())[name].grad) < tolerance
+    for name, b in norm.named_buffers():
+        assert relative_error(b, dict(plain.named_buffers())[name]) < (tolerance if b.dim() else 0.1), name

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..procedural import image
 from .cases import LAYOUTS
 
+# Written down from the official code, so that the table of the package can be compared with it.
 PUBLISHED = {
     7: ((5, 1), (3, 2), (3, 3)),
     9: ((5, 1), (5, 2), (3, 3), (3, 4)),

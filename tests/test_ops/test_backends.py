@@ -158,20 +158,19 @@ def expect_fallback(reason: str, calls: list[str]) -> None:
         DepthwiseConv2d(18, 18, 7, padding=3, groups=18, backend='cpp')
 
 
-def test_fallback_where_nothing_is_built(fresh: None, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ('why_not', 'said'),
+    [('', 'run python -m mmunireplknet.ops.build'), ('there is no C++ compiler.', 'there is no C')],
+    ids=['could be', 'cannot be'],
+)
+def test_fallback_where_nothing_is_built(
+    why_not: str, said: str, fresh: None, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(build, 'library_file', lambda: None)
-    monkeypatch.setattr(build, 'why_not', lambda: '')
+    monkeypatch.setattr(build, 'why_not', lambda: why_not)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        expect_fallback('not built: run python -m mmunireplknet.ops.build', calls)
-
-
-def test_fallback_where_nothing_can_be_built(fresh: None, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, 'library_file', lambda: None)
-    monkeypatch.setattr(build, 'why_not', lambda: 'there is no C++ compiler.')
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        expect_fallback('not built: there is no C', calls)
+        expect_fallback(f'not built: {said}', calls)
 
 
 def test_fallback_from_a_library_that_does_not_load(

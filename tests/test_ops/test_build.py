@@ -10,13 +10,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmunireplknet.ops import build
 
 WORKS = """
-import os, sys
+import sys
 sys.stdout.write('compiled\\n')
-open(sys.argv[sys.argv.index('-o') + 1], 'w').write(' '.join(sys.argv))
+open(sys.argv[sys.argv.index('-o') + 1], 'w').close()
+open(sys.argv[0] + '.log', 'a').write(' '.join(sys.argv[1:]) + '\\n')  # written at once, as compilers run side by side
 """
 FAILS = "import sys\nsys.exit('conv.h:1: error: expected a semicolon')"
 FAILS_TO_LINK = "import sys\n'-shared' in sys.argv and sys.exit('ld: cannot find -ltorch_cpu')\n" + WORKS
@@ -131,6 +133,52 @@ def test_a_package_that_is_read_only(package: Path, compiler: Callable, monkeypa
     assert files_in(package) == []
 
 
+def test_a_stale_library_in_a_package_that_is_read_only(
+    package: Path, compiler: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stays, and so does one in the cache: that may be of another version that is in use."""
+    stale = f'mmuni_cpu-0123-{build.platform.machine()}.so'
+    build.cache_folder().mkdir(parents=True)
+    for folder in (package, build.cache_folder()):
+        (folder / stale).touch()
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.parent == package:
+            raise PermissionError(13, 'Permission denied', str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, 'unlink', refuse)
+    monkeypatch.setattr(build.os, 'access', lambda path, mode: Path(path) != package)
+    compiler(WORKS)
+    library = build.build()
+    assert files_in(package) == [stale]
+    assert files_in(build.cache_folder()) == sorted([stale, library.name])
+
+
+def test_a_cache_that_cannot_be_written(
+    package: Path, compiler: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / 'file').touch()
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
+    monkeypatch.setattr(build.os, 'access', lambda path, mode: Path(path) != package)
+    monkeypatch.setattr(sys, 'argv', ['build'])
+    compiler(WORKS)
+    with pytest.raises(SystemExit, match=r'cannot be written to .*Not a directory.*XDG_CACHE_HOME can name another'):
+        build.main()
+
+
+def test_no_folder_for_temporary_files(package: Path, compiler: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(*_: object) -> None:
+        raise FileNotFoundError(2, 'No usable temporary directory found')
+
+    compiler(WORKS)
+    monkeypatch.setattr(build.tempfile, 'mkdtemp', nowhere)
+    monkeypatch.setattr(sys, 'argv', ['build'])
+    with pytest.raises(SystemExit, match=r'kernels cannot be built: .*No usable temporary directory'):
+        build.main()
+
+
 def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'xdg'))
     assert build.cache_folder() == tmp_path / 'xdg' / 'mmunireplknet' / 'ops'
@@ -139,12 +187,40 @@ def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert build.cache_folder() == tmp_path / '.cache' / 'mmunireplknet' / 'ops'
 
 
-def test_commands(package: Path, compiler: Callable) -> None:
+def test_commands(package: Path, compiler: Callable, tmp_path: Path) -> None:
     """Every source is compiled, with the flags and torch's headers; the library is linked from all of them."""
     compiler(WORKS)
-    link = build.build().read_text().split()
-    assert '-shared' in link
-    assert len([a for a in link if a.endswith('.o')]) == len(list(build.SOURCES.glob('*.cpp'))) > 1
+    build.build()
+    *compiled, linked = (line.split() for line in (tmp_path / 'compiler.py.log').read_text().splitlines())
+    torch_folder = Path(torch.__file__).parent
+    for command in compiled:
+        assert {*build.FLAGS, build.TORCH_TARGET, f'-I{torch_folder / "include"}', '-c'} <= set(command)
+    sources = sorted(str(file) for file in build.SOURCES.glob('*.cpp'))
+    assert sorted(word for command in compiled for word in command if word.endswith('.cpp')) == sources
+    assert len(sources) > 1
+    objects = sorted(command[command.index('-o') + 1] for command in compiled)
+    assert sorted(word for word in linked if word.endswith('.o')) == objects
+    assert {'-shared', f'-L{torch_folder / "lib"}', '-ltorch_cpu'} <= set(linked)
+    assert '-c' not in linked
+
+
+def test_torch_is_not_imported(
+    package: Path, compiler: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that cannot be imported has its headers all the same, and what setup.py catches is no ImportError."""
+    broken = tmp_path / 'site' / 'torch'
+    broken.mkdir(parents=True)
+    (broken / '__init__.py').write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
+    compiler(WORKS)
+    program = f'import runpy; runpy.run_path({str(package / "build.py")!r})["build"]()'
+    shutil.copy(build.__file__, package / 'build.py')
+    with_broken_torch = [sys.executable, '-c', f'import sys; sys.path.insert(0, {str(broken.parent)!r}); {program}']
+    done = subprocess.run(with_broken_torch, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f'-I{broken / "include"}' in (tmp_path / 'compiler.py.log').read_text()
+    monkeypatch.setattr(build.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(RuntimeError, match='the files of torch are missing; install torch again'):
+        build.build()
 
 
 def test_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,6 +348,28 @@ def test_module_can_be_run_by_its_path(monkeypatch: pytest.MonkeyPatch, capsys: 
     with pytest.raises(SystemExit, match='0'):
         runpy.run_path(build.__file__, run_name='__main__')
     assert 'python -m mmunireplknet.ops.build' in capsys.readouterr().out
+
+
+def test_module_can_be_run_by_its_name() -> None:
+    """Nothing imports it before, of which runpy would warn."""
+    command = [sys.executable, '-m', 'mmunireplknet.ops.build', '--help']
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr == ''
+
+
+def test_make_clean(tmp_path: Path) -> None:
+    """What builds and test runs leave behind goes; sources and environments stay."""
+    ops = 'mmunireplknet/ops'
+    goes = [f'{ops}/a.so', f'{ops}/a.so.1.partial', f'{ops}/__pycache__/a.pyc', 'build/lib/a.py', 'dist/a.whl']
+    goes += [f'{name}/a' for name in ('a.egg-info', '.pytest_cache', '.mypy_cache', '.ruff_cache', '.hypothesis')]
+    stays = [f'{ops}/a.py', '.venv/lib/__pycache__/a.pyc', '.venv-openmmlab/a.so', 'Makefile']
+    for name in (*goes, *stays):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    shutil.copy(Path(__file__).parents[2] / 'Makefile', tmp_path)
+    subprocess.run(['make', 'clean'], cwd=tmp_path, check=True, capture_output=True)
+    assert {str(file.relative_to(tmp_path)) for file in tmp_path.rglob('*') if file.is_file()} == set(stays)
 
 
 @pytest.mark.slow

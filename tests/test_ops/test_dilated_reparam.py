@@ -1,9 +1,6 @@
 """The Dilated Reparam Block as one operation against its branches one by one, in float64, on every backend."""
 
 import functools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +30,6 @@ from .reparam_cases import (
     per_branch,
 )  # fmt: skip
 
-ROOT = Path(__file__).resolve().parents[2]
 OPS = torch.ops.mmuni
 BASE = Case('13', channels=18)  # more channels than a register has lanes
 both_backends = pytest.mark.parametrize('backend', ['torch', 'cpp'], indirect=True)  # 'auto' is one of them
@@ -364,17 +360,3 @@ def test_batch_of_one_image_and_many() -> None:
     assert relative_error(b['y'][0], a['y'][0].expand(3, -1, -1, -1)) < 1e-6
     assert relative_error(b['x'][0], a['x'][0].expand(3, -1, -1, -1)) < 1e-6
     assert all(relative_error(w, 3 * v) < 5e-6 for w, v in zip(b['weights'], a['weights'], strict=True))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('capability', ['portable', 'avx2', 'avx512'])
-def test_instruction_set(capability: str, cpp: Path) -> None:
-    machine = torch.backends.cpu.get_cpu_capability()
-    if not machine.startswith({'portable': '', 'avx2': 'AVX', 'avx512': 'AVX512'}[capability]):
-        pytest.skip(f'this machine has {machine}, which lacks {capability}')
-    expected = 'neon' if os.uname().machine == 'aarch64' else capability
-    done = subprocess.run(
-        [sys.executable, '-m', 'tests.test_ops.reparam_cases'], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, 'MMUNI_CPU_CAPABILITY': capability, 'OMP_NUM_THREADS': '1'},
-    )  # fmt: skip
-    assert (done.stdout, done.returncode) == (expected, 0), done.stderr

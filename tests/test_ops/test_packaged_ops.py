@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import platform
 import re
@@ -18,7 +17,7 @@ import pytest
 
 from mmunireplknet.ops import build
 
-from ..test_packaging import LEFT_OUT, ROOT, attempt, call, hook, version
+from ..packaging_cases import LEFT_OUT, ROOT, attempt, call, hook, load_make_env, version
 
 OPS = 'mmunireplknet/ops'
 PURE = f'mmunireplknet-{version()}-py3-none-any.whl'
@@ -178,9 +177,7 @@ def test_development_install_compiles_into_the_source_folder(stub: Path, tmp_pat
 @pytest.fixture
 def make_env(monkeypatch: pytest.MonkeyPatch, stub: Path, tmp_path: Path) -> ModuleType:
     """tools/make_env.py for the tree whose kernels compile at once."""
-    spec = importlib.util.spec_from_file_location('make_env', ROOT / 'tools/make_env.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_make_env()
     monkeypatch.setattr(module, 'ROOT', stub)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     monkeypatch.delenv('MMUNI_WITH_OPS', raising=False)

@@ -1,10 +1,6 @@
 """The pointwise half of a block against plain torch in float64: outputs, gradients, and what is hard about them."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +16,6 @@ from ..procedural import image, relative_error
 from . import pointwise_cases as cases
 from .pointwise_cases import CHANNELS, EPS, SIZES, TOLERANCE, Kind, differentiate, errors, problem
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = ('grn_mlp', 'normalize', 'gate')
 KINDS = [
     Kind(),
@@ -332,17 +327,3 @@ def test_threads_do_not_matter(name: str, dtype: torch.dtype) -> None:
         torch.set_num_threads(count)
         results.append(differentiate(p.mine, p.inputs, p.grad))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('capability', ['portable', 'avx2', 'avx512'])
-def test_instruction_set(capability: str) -> None:
-    machine = torch.backends.cpu.get_cpu_capability()
-    if not machine.startswith({'portable': '', 'avx2': 'AVX', 'avx512': 'AVX512'}[capability]):
-        pytest.skip(f'this machine has {machine}, which lacks {capability}')
-    expected = 'neon' if os.uname().machine == 'aarch64' else capability
-    done = subprocess.run(
-        [sys.executable, '-m', 'tests.test_ops.pointwise_cases'], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, 'MMUNI_CPU_CAPABILITY': capability, 'OMP_NUM_THREADS': '1'},
-    )  # fmt: skip
-    assert (done.stdout, done.returncode) == (expected, 0), done.stderr

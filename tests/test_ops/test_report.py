@@ -1,13 +1,17 @@
 """``python -m mmunireplknet.ops``: what works here, what is taken, and how fast it is."""
 
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
+from mmunireplknet.analysis.timing import Timing
 from mmunireplknet.ops import __main__ as report
 from mmunireplknet.ops import backends, build
+
+from ..procedural import relative_error
 
 FIGURE = r'\d+\.\d\d'
 
@@ -94,15 +98,26 @@ def test_timing(cpp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
             assert re.search(rf'\n{layout} +{direction} +{FIGURE}( +{FIGURE} \(\d+\.\dx\)){{2}}\n', text)
 
 
-def test_the_figure_is_the_median_after_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, calls = [0.0], iter([100.0, 3.0, 1.0, 50.0, 2.0, 2.0])  # seconds each call takes, the first to warm up
+def test_figures_of_a_line_are_measured_in_turn(
+    cpp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """All at once by ``interleave``, whose medians are shown, beside how many times less than the first they are."""
+    lines = []
 
-    def work() -> None:
-        clock[0] += next(calls)
+    def interleave(functions: Mapping[str, Callable], seconds: float) -> dict[str, Timing]:
+        results = [function() for function in functions.values()]
+        first, *others = (next(t for t in r if t is not None) if isinstance(r, tuple) else r for r in results)
+        assert [relative_error(other, first) < 1e-5 for other in others] == [True, True]
+        lines.append((tuple(first.shape), seconds))
+        medians = zip(functions, (6.0, 3.0, 1.5), strict=True)
+        return {name: Timing(median, 0.0, 99.0, 5) for name, median in medians}
 
-    monkeypatch.setattr(report.time, 'perf_counter', lambda: clock[0])
-    monkeypatch.setattr(report, 'SECONDS', 55)
-    assert report._milliseconds(work) == 2500  # of 3, 1, 50 and 2
+    monkeypatch.setattr(report, 'SHAPE', (1, 4, 5, 6))
+    monkeypatch.setattr(report, 'interleave', interleave)
+    report.main([])
+    shapes = (report.SHAPE, report.SHAPE, (4, 1, 13, 13))
+    assert lines == [(shape, report.SECONDS) for shape in shapes] * 2
+    assert len(re.findall(r'gradient +6\.00 +3\.00 \(2\.0x\) +1\.50 \(4\.0x\)\n', capsys.readouterr().out)) == 4
 
 
 def test_help(capsys: pytest.CaptureFixture) -> None:

@@ -22,17 +22,34 @@ from mmunireplknet.analysis.benchmark import ROWS, run
 from mmunireplknet.analysis.benchmark_report import draw, markdown, write_json
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} must be a whole number, 1 or more.')
+    return int(text)
+
+
+def pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is not a regular expression: {error}. Characters that mean themselves take a backslash.'
+        ) from error
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', type=Path, default=Path('work_dirs/benchmark'), help='default: %(default)s')
-    parser.add_argument('--rows', default='', metavar='REGEX', help='measure the rows whose name it is found in')
-    parser.add_argument('--threads', type=int, default=2, help='default: %(default)s')
-    parser.add_argument('--rounds', type=int, help='default: as many as fit into the time of a row')
+    parser.add_argument(
+        '--rows', type=pattern, default='', metavar='REGEX', help='measure the rows whose name it is found in'
+    )
+    parser.add_argument('--threads', type=positive, default=2, help='default: %(default)s')
+    parser.add_argument('--rounds', type=positive, help='default: as many as fit into the time of a row')
     parser.add_argument('--list', action='store_true', help='print the names of the rows')
     args = parser.parse_args()
-    rows = [row for row in ROWS if re.search(args.rows, row.name)]
+    rows = [row for row in ROWS if args.rows.search(row.name)]
     if not rows:
-        sys.exit(f'No row has {args.rows!r} in its name; --list prints them.')
+        sys.exit(f'No row has {args.rows.pattern!r} in its name; --list prints them.')
     if args.list:
         print('\n'.join(row.name for row in rows))
         return

@@ -1,0 +1,46 @@
+"""One thread, no wish of the environment for a backend, the compiled kernels, and a process group of one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mmunireplknet.ops import backends, build
+
+
+@pytest.fixture(autouse=True)
+def single_thread() -> Iterator[None]:
+    """The tests are too small to gain from more, and several test runs on one machine lose much."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_wish(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv('MMUNI_DW_BACKEND', raising=False)
+
+
+@pytest.fixture(scope='session')
+def cpp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The library of the compiled kernels, built into a folder of its own where the package has none."""
+    with pytest.MonkeyPatch.context() as patch:
+        if build.library_file() is None:
+            if reason := build.why_not():
+                pytest.skip(reason)
+            patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+            build.build(build.cache_folder())
+            backends._why_not_cpp.cache_clear()
+        backends.require('cpp')
+        yield build.library_file()
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """This process is a group of one."""
+    dist.init_process_group('gloo', init_method=(tmp_path / 'store').as_uri(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
