@@ -12,29 +12,13 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..ops.moments import share_moments, var_mean
 from ..ops.pointwise import Statistics
 
 __all__ = [
     'FrozenRunningStatistics', 'SyncBatchNorm', 'beta_of', 'gamma_of', 'is_hooked', 'is_plain_bn', 'process_group_of',
     'statistics_of', 'update_running_statistics',
 ]  # fmt: skip
-
-
-class _AllReduceSum(torch.autograd.Function):
-    """Sum over the processes, forward and backward; on every backend, gloo included."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group = group
-        value = value.clone()
-        dist.all_reduce(value, group=group)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
 
 
 @MODELS.register_module('DeviceAgnosticSyncBN')
@@ -72,16 +56,11 @@ class SyncBatchNorm(_BatchNorm):
     def _forward_synchronised(self, x: Tensor) -> Tensor:
         dims = [d for d in range(x.dim()) if d != 1]
         dtype = torch.promote_types(x.dtype, torch.float32)
-        values = x.to(dtype)
-        # float64 for what crosses the processes: E[x^2] - E[x]^2 cancels in float32.
-        local_var, local_mean = (s.double() for s in torch.var_mean(values, dims, correction=0))
-        count = local_mean.new_full((1,), x.numel() // x.size(1))
-        packed = torch.cat([local_mean * count, (local_var + local_mean.square()) * count, count])
-        packed = _AllReduceSum.apply(packed, self.process_group)
-        total = packed[-1].detach()
-        mean, square = packed[:-1].div(total).chunk(2)
-        var = (square - mean.square()).clamp_min(0)
-        update_running_statistics([self], [mean.detach()], [var.detach()], total)
+        values, count = x.to(dtype), x.numel() // x.size(1)
+        var, mean = var_mean(values, dims)
+        mean, var, total = share_moments(mean, var, count, self.process_group or dist.group.WORLD)
+        # Rounded as the fused operators do: in a process without values the layer may stand beside them.
+        update_running_statistics([self], [mean.detach().to(dtype)], [var.detach().to(dtype)], total)
         shape = [1, -1] + [1] * (x.dim() - 2)
         scale = torch.rsqrt(var + self.eps)
         shift = -mean * scale
@@ -92,7 +71,7 @@ class SyncBatchNorm(_BatchNorm):
 
 @torch.no_grad()
 def update_running_statistics(
-    norms: Sequence[_BatchNorm], means: Sequence[Tensor], variances: Sequence[Tensor], count: Tensor | int
+    norms: Sequence[_BatchNorm], means: Sequence[Tensor], variances: Sequence[Tensor], count: int
 ) -> None:
     """Update the running statistics of BN layers as their own forward passes do.
 
@@ -100,15 +79,16 @@ def update_running_statistics(
         norms: Layers; those in evaluation, or without running statistics, are left alone.
         means: (C,) each, of the batch.
         variances: (C,) each, of the batch, biased.
-        count: From how many values a channel.
+        count: From how many values a channel; of 0 there is nothing to learn, but the batch is counted.
     """
-    unbiased = float(count) / max(float(count) - 1, 1)
+    unbiased = count / max(count - 1, 1)
     groups: dict[float, list[tuple[Any, Tensor, Tensor]]] = {}
     for norm, mean, var in zip(norms, means, variances, strict=True):
         if norm.training and norm.running_mean is not None:
             tracked = cast(Tensor, norm.num_batches_tracked).add_(1)
             factor = 1.0 / float(tracked) if norm.momentum is None else norm.momentum
-            groups.setdefault(factor, []).append((norm, mean.to(norm.running_mean.dtype), var * unbiased))
+            if count:
+                groups.setdefault(factor, []).append((norm, mean.to(norm.running_mean.dtype), var * unbiased))
     for factor, group in groups.items():
         torch._foreach_lerp_([norm.running_mean for norm, *_ in group], [mean for _, mean, _ in group], factor)
         torch._foreach_lerp_(

@@ -24,6 +24,7 @@ from .. import compat
 from . import backends
 from .depthwise import _library, _tags
 from .linear import without_autocast
+from .moments import share_moments, sum_over_processes, var_mean
 
 __all__ = ['dilated_reparam_conv', 'merge_branches']
 
@@ -60,13 +61,12 @@ def dilated_reparam_conv(
         channel they were taken from.
 
     Raises:
-        ValueError: Fewer than two values a channel, of which no variance can be taken.
+        ValueError: One value a channel, of which no variance can be taken. None at all gives an empty map.
     """
     device = compat.autocast_device(x)
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
-    group_size = 1 if process_group is None else dist.get_world_size(process_group)
-    if x.shape[0] * x.shape[2] * x.shape[3] * group_size < 2:
+    if process_group is None and x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(f'Expected more than 1 value per channel when training, got input size {tuple(x.shape)}.')
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight = torch.cat([w.flatten() for w in weights]).to(dtype)
@@ -120,7 +120,8 @@ class _DilatedReparam(torch.autograd.Function):
             y, mean, var = torch.ops.mmuni.dilated_reparam_forward(x, weight, gamma, beta, *static)
         else:
             mean, var = torch.ops.mmuni.dilated_reparam_stats(x, weight, gamma.shape[0], *static)
-            mean, var, count = _share_statistics(mean, var, count, group)
+            mean, var, count = share_moments(mean, var, count, group)
+            mean, var = mean.to(gamma.dtype), var.to(gamma.dtype)
             scales = gamma * torch.rsqrt(var + var.new_tensor(eps)[:, None])
             merged = merge_branches(_split(weight, kernels), dilations, scales)
             y = torch.ops.mmuni.depthwise_conv2d(x, merged, beta - (scales * mean).sum(0), 1, backend)
@@ -138,8 +139,7 @@ class _DilatedReparam(torch.autograd.Function):
         sums: tuple[Tensor | None, Tensor | None] = (None, None)
         if ctx.group is not None:
             local = torch.ops.mmuni.dilated_reparam_sums(*tensors, *ctx.static)
-            flat = torch.cat([t.flatten() for t in local])
-            dist.all_reduce(flat, group=ctx.group)
+            flat = sum_over_processes(torch.cat([t.flatten() for t in local]), ctx.group)
             sums = (flat[: gamma.numel()].view_as(gamma), flat[gamma.numel() :])
         grad_x, grad_weight, grad_gamma, grad_beta = torch.ops.mmuni.dilated_reparam_backward(
             *tensors, *sums, float(ctx.count), ctx.needs_input_grad[0], *ctx.static
@@ -148,17 +148,6 @@ class _DilatedReparam(torch.autograd.Function):
             # What the others contribute to these parameters, they hold themselves: DDP adds it.
             grad_gamma, grad_beta = local
         return (grad_x if ctx.needs_input_grad[0] else None, grad_weight, grad_gamma, grad_beta, *(None,) * 5)
-
-
-def _share_statistics(mean: Tensor, var: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, int]:
-    """Mean, biased variance and count over all processes, by one all-reduce."""
-    # float64 for what crosses the processes: E[x^2] - E[x]^2 cancels in float32.
-    means, squares = mean.double() * count, (var.double() + mean.double().square()) * count
-    packed = torch.cat([means.flatten(), squares.flatten(), means.new_tensor([count])])
-    dist.all_reduce(packed, group=group)
-    total = packed[-1]
-    means, squares = (packed[:-1] / total).view(2, *mean.shape)
-    return means.to(mean.dtype), (squares - means.square()).clamp_min(0).to(var.dtype), int(total)
 
 
 def _split(weight: Tensor, kernels: Sequence[int]) -> list[Tensor]:
@@ -185,7 +174,8 @@ for _schema in (
 
 
 def _is_compiled(x: Tensor, kernel: Sequence[int], backend: str) -> bool:
-    return backends.choose(backend, x, max(kernel)) == 'cpp' and len(kernel) <= _MAX_BRANCHES
+    chosen = backends.choose(backend, x, max(kernel))
+    return chosen == 'cpp' and len(kernel) <= _MAX_BRANCHES and x.numel() > 0
 
 
 def _convolve(x: Tensor, weights: list[Tensor], dilation: Sequence[int], b: int, backend: str) -> Tensor:
@@ -207,7 +197,7 @@ def _forward(
     total: Tensor | float = 0.0
     for b in range(len(kernel)):
         z = _convolve(x, weights, dilation, b, backend)
-        var[b], mean[b] = torch.var_mean(z, (0, 2, 3), correction=0)
+        var[b], mean[b] = var_mean(z, (0, 2, 3))
         total = total + F.batch_norm(z, mean[b], var[b], gamma[b], beta if b == 0 else None, eps=eps[b])
     return y.copy_(total), mean, var
 
@@ -234,7 +224,7 @@ def _stats(
     weights = _split(weight, kernel)
     for b in range(branches):
         z = _convolve(x, weights, dilation, b, backend)
-        var[b], mean[b] = torch.var_mean(z, (0, 2, 3), correction=0)
+        var[b], mean[b] = var_mean(z, (0, 2, 3))
     return mean, var
 
 

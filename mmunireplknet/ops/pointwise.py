@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .linear import linear, product, without_autocast
+from .moments import share_moments, sum_over_processes
 
 __all__ = ['Statistics', 'gate', 'grn_mlp', 'normalize']
 
@@ -179,16 +180,11 @@ def _moments(x: Tensor, statistics: Statistics, need_image_mean: bool) -> _Momen
             raise ValueError(
                 f'Expected more than 1 value per channel when training, got (N, H, W, C) {tuple(x.shape)}.'
             )
-        if group is not None:
-            # The pivots differ; what crosses the processes are the plain moments, in float64.
-            second = second + 2 * pivot * first + count * pivot.double().square()
-            packed = torch.cat([first + count * pivot, second, first.new_tensor([count])])
-            dist.all_reduce(packed, group=group)
-            count, pivot = int(packed[-1]), torch.zeros_like(pivot)
-            first, second = packed[:-1].chunk(2)
         offset = first / count
-        mean = (offset + pivot).float()
-        var = (second / count - offset.square()).clamp_min(0).float()
+        mean, var = offset + pivot, (second / count - offset.square()).clamp_min(0)
+        if group is not None:
+            mean, var, count = share_moments(mean, var, count, group)
+        mean, var = mean.float(), var.float()
     return _Moments(mean, var, torch.rsqrt(var + statistics.eps), count, image_mean)
 
 
@@ -212,13 +208,14 @@ def _grad_normalize(
     shift = torch.zeros_like(first) if grad_pooled is None else gain * grad_pooled / (x.shape[1] * x.shape[2])
     slope = None
     if statistics.mean is None:
-        total = local
+        # The gradients of the sums of x and x^2 over all processes, as `share_moments` takes them.
+        tilt = gain * m.inverse * local[0] / m.pixels
+        shared = torch.cat([m.mean * tilt - gain * local[1] / m.pixels, -tilt / 2, tilt.new_zeros(1)])
         if statistics.group is not None:
-            total = local.clone()
-            dist.all_reduce(total, group=statistics.group)
-        tilt = gain * m.inverse * total[0] / m.pixels
-        shift = shift + m.mean * tilt - gain * total[1] / m.pixels
-        slope = -tilt.expand_as(first).contiguous()
+            shared = sum_over_processes(shared.double(), statistics.group).float()
+        grad_sum, grad_squares = shared[:-1].chunk(2)
+        shift = shift + grad_sum
+        slope = (2 * grad_squares).expand_as(first).contiguous()
     grad_x = torch.empty_like(x)
     torch.ops.mmuni_cpu.grad(grad, x, scale.contiguous(), shift.contiguous(), slope, grad_x, False)
     return grad_x, grad_weight, grad_bias

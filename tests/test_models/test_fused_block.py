@@ -171,11 +171,16 @@ def test_sizes(shape: tuple, training: bool) -> None:
     assert {n: e for n, e in found.items() if not e < 1e-5 + 3 * limits[n]} == {}
 
 
-def test_no_images() -> None:
-    x = map_of()[:0]
-    assert block().eval()(x).shape == x.shape
-    with pytest.raises(ValueError, match='more than 1 value per channel'):
-        block()(x)
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('momentum', [0.1, None])
+def test_no_images(momentum: float | None, training: bool) -> None:
+    """Empty maps, zeros as gradients, and running statistics as the layers leave them."""
+    model, x = block(norm_cfg=dict(type='BN', momentum=momentum)).train(training), map_of()[:0]
+    expected, found = results(layered(model), x), results(model, x)
+    assert found.outputs[0].shape == found.input_grad.shape == x.shape
+    assert found.grads.keys() == expected.grads.keys()
+    assert not any(grad.any() for grad in found.grads.values())
+    assert all(torch.equal(b, expected.buffers[name]) for name, b in found.buffers.items())
 
 
 # ------------------------------------------------------------------------------------------ dtypes
