@@ -48,7 +48,7 @@ def dilated_reparam_conv(
     Args:
         x: (N, C, H, W); under autocast it is cast.
         weights: One (C, 1, K, K) a branch, K odd; the first is the largest.
-        dilations: One a branch.
+        dilations: One a branch, of the first 1.
         gammas: One (C,) a branch.
         betas: One (C,) a branch.
         eps: One a branch.
@@ -62,7 +62,9 @@ def dilated_reparam_conv(
 
     Raises:
         ValueError: One value a channel, of which no variance can be taken. None at all gives an empty map.
+            Or the first branch is dilated.
     """
+    _check_first(dilations)
     device = compat.autocast_device(x)
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
@@ -76,6 +78,11 @@ def dilated_reparam_conv(
         return _DilatedReparam.apply(x, weight, gamma, beta, kernels, [*dilations], [*eps], process_group, backend)
 
 
+def _check_first(dilations: Sequence[int]) -> None:
+    if dilations[0] != 1:
+        raise ValueError(f'dilations={[*dilations]} must begin with 1: the first branch is the dense large kernel.')
+
+
 def merge_branches(weights: Sequence[Tensor], dilations: Sequence[int], scales: Sequence[Tensor] | Tensor) -> Tensor:
     """``sum_b scale_b * embed(w_b)``, (C, 1, K, K) with the K of the first weight; differentiable.
 
@@ -85,8 +92,9 @@ def merge_branches(weights: Sequence[Tensor], dilations: Sequence[int], scales: 
         scales: (C,) each.
 
     Raises:
-        ValueError: A branch covers more than K.
+        ValueError: A branch covers more than K, or the first is dilated.
     """
+    _check_first(dilations)
     merged = weights[0] * scales[0].view(-1, 1, 1, 1)
     size = merged.shape[-1]
     for weight, dilation, scale in zip(weights[1:], dilations[1:], scales[1:], strict=True):
@@ -197,7 +205,7 @@ def _forward(
     total: Tensor | float = 0.0
     for b in range(len(kernel)):
         z = _convolve(x, weights, dilation, b, backend)
-        var[b], mean[b] = var_mean(z, (0, 2, 3))
+        var[b], mean[b] = var_mean(z, [0, 2, 3])
         total = total + F.batch_norm(z, mean[b], var[b], gamma[b], beta if b == 0 else None, eps=eps[b])
     return y.copy_(total), mean, var
 
@@ -224,7 +232,7 @@ def _stats(
     weights = _split(weight, kernel)
     for b in range(branches):
         z = _convolve(x, weights, dilation, b, backend)
-        var[b], mean[b] = var_mean(z, (0, 2, 3))
+        var[b], mean[b] = var_mean(z, [0, 2, 3])
     return mean, var
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ class _AllReduceSum(torch.autograd.Function):
     """Sum over the processes, forward and backward; on every backend, gloo included."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         ctx.group = group
         return sum_over_processes(value, group)
 
@@ -25,19 +24,19 @@ class _AllReduceSum(torch.autograd.Function):
         return sum_over_processes(grad, ctx.group), None
 
 
-def sum_over_processes(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum of the ``value`` of every process of ``group``, without gradient."""
+def sum_over_processes(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum of the ``value`` of every process of ``group``, None for all; without gradient."""
     value = value.clone()
     dist.all_reduce(value, group=group)
     return value
 
 
-def var_mean(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Biased variance and mean over ``dims``; of no values zeros, with a gradient, where torch has NaN and a warning."""
+def var_mean(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
+    """Biased variance and mean over ``dims``; of no values zeros, with a gradient, and not NaN and a warning."""
     return torch.var_mean(x, dims, correction=0) if x.numel() else (x.sum(dims), x.sum(dims))
 
 
-def share_moments(mean: Tensor, var: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, int]:
+def share_moments(mean: Tensor, var: Tensor, count: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, int]:
     """Mean, biased variance and count over all processes, by one all-reduce; differentiable, by another one.
 
     A process without values takes part in both. What crosses the processes are 2 n + 1 values: sums, sums of squares
@@ -48,7 +47,7 @@ def share_moments(mean: Tensor, var: Tensor, count: int, group: dist.ProcessGrou
         mean: Of the values of this process, n of them; finite, see ``var_mean``.
         var: Like ``mean``, biased.
         count: How many values each is of; 0 where this process has none.
-        group: The processes.
+        group: The processes; None for all.
 
     Returns:
         Mean and variance in float64, of the shape of ``mean``, zeros where nobody has a value; and the count.

@@ -251,6 +251,16 @@ def test_one_value_a_channel_has_no_variance(backend: str) -> None:
         compute(backend)(*inputs[:-1])
 
 
+def test_the_first_branch_is_dense(backend: str) -> None:
+    """What is merged ignores its dilation."""
+    inputs = inputs_of(Case('7'))
+    dilations = [2, *inputs.dilations[1:]]
+    with pytest.raises(ValueError, match=r'\[2, .* must begin with 1'):
+        compute(backend)(*inputs._replace(dilations=dilations)[:-1])
+    with pytest.raises(ValueError, match='must begin with 1'):
+        merge_branches(inputs.weights, dilations, inputs.gammas)
+
+
 def test_no_values(backend: str) -> None:
     """An empty map, finite statistics, and zeros as gradients."""
     inputs = inputs_of(Case('7', batch=0))
