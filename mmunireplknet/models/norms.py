@@ -10,14 +10,16 @@ import torch.distributed as dist
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.module_tracker import ModuleTracker
 
 from ..ops.moments import share_moments, var_mean
 from ..ops.pointwise import Statistics
 
 __all__ = [
-    'FrozenRunningStatistics', 'SyncBatchNorm', 'beta_of', 'gamma_of', 'is_hooked', 'is_plain_bn', 'process_group_of',
-    'statistics_of', 'update_running_statistics',
+    'FrozenRunningStatistics', 'SyncBatchNorm', 'beta_of', 'gamma_of', 'is_hooked', 'is_plain_bn', 'is_watched',
+    'process_group_of', 'statistics_of', 'update_running_statistics',
 ]  # fmt: skip
 
 
@@ -49,7 +51,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` (N, C, ...) with the statistics of all processes."""
-        if not self.training or process_group_of(self) is None:
+        if process_group_of(self) is None:
             return super().forward(x)
         return nn.SyncBatchNorm.forward(cast(Any, self), x) if x.is_cuda else self._forward_synchronised(x)
 
@@ -58,7 +60,7 @@ class SyncBatchNorm(_BatchNorm):
         dtype = torch.promote_types(x.dtype, torch.float32)
         values, count = x.to(dtype), x.numel() // x.size(1)
         var, mean = var_mean(values, dims)
-        mean, var, total = share_moments(mean, var, count, self.process_group or dist.group.WORLD)
+        mean, var, total = share_moments(mean, var, count, self.process_group)
         # Rounded as the fused operators do: in a process without values the layer may stand beside them.
         update_running_statistics([self], [mean.detach().to(dtype)], [var.detach().to(dtype)], total)
         shape = [1, -1] + [1] * (x.dim() - 2)
@@ -84,9 +86,10 @@ def update_running_statistics(
     unbiased = count / max(count - 1, 1)
     groups: dict[float, list[tuple[Any, Tensor, Tensor]]] = {}
     for norm, mean, var in zip(norms, means, variances, strict=True):
-        if norm.training and norm.running_mean is not None:
-            tracked = cast(Tensor, norm.num_batches_tracked).add_(1)
-            factor = 1.0 / float(tracked) if norm.momentum is None else norm.momentum
+        if norm.training and norm.track_running_stats and norm.running_mean is not None:
+            tracked = None if norm.num_batches_tracked is None else norm.num_batches_tracked.add_(1)
+            cumulative = 0.0 if tracked is None else 1.0 / float(tracked)
+            factor = cumulative if norm.momentum is None else norm.momentum
             if count:
                 groups.setdefault(factor, []).append((norm, mean.to(norm.running_mean.dtype), var * unbiased))
     for factor, group in groups.items():
@@ -120,9 +123,24 @@ class FrozenRunningStatistics:
 
 
 def is_hooked(layer: nn.Module) -> bool:
-    """Whether somebody wants to see what goes through ``layer``."""
+    """Whether somebody wants to see what goes through ``layer``, or has given this one another ``forward``."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return any(hooks)
+    return any(hooks) or 'forward' in vars(layer)
+
+
+def is_watched() -> bool:
+    """Whether somebody wants to see what goes through every layer of the process.
+
+    ``FlopCounterMode`` does, by a ``ModuleTracker``, but for their names only: it counts what is computed otherwise.
+    """
+    kinds = (
+        modules._global_forward_hooks,
+        modules._global_forward_pre_hooks,
+        modules._global_backward_hooks,
+        modules._global_backward_pre_hooks,
+    )
+    hooks = (hook for kind in kinds for hook in kind.values())
+    return any(not isinstance(getattr(hook, '__self__', None), ModuleTracker) for hook in hooks)
 
 
 def is_plain_bn(norm: nn.Module) -> bool:
@@ -131,23 +149,19 @@ def is_plain_bn(norm: nn.Module) -> bool:
     return isinstance(norm, _BatchNorm) and (type(norm) in known or type(norm).__name__ == '_BatchNormXd')
 
 
-def gamma_of(norm: _BatchNorm) -> Tensor:
-    """Scale (C,) of ``norm``, ones where it has none."""
-    return norm.weight if norm.affine else torch.ones(norm.num_features, device=_device_of(norm))
+def gamma_of(norm: _BatchNorm, device: torch.device) -> Tensor:
+    """Scale (C,) of ``norm``, ones on ``device`` where it has none."""
+    return torch.ones(norm.num_features, device=device) if norm.weight is None else norm.weight
 
 
-def beta_of(norm: _BatchNorm) -> Tensor:
-    """Shift (C,) of ``norm``, zeros where it has none."""
-    return norm.bias if norm.affine else torch.zeros(norm.num_features, device=_device_of(norm))
-
-
-def _device_of(norm: _BatchNorm) -> torch.device | None:
-    return None if norm.running_mean is None else norm.running_mean.device
+def beta_of(norm: _BatchNorm, device: torch.device) -> Tensor:
+    """Shift (C,) of ``norm``, zeros on ``device`` where it has none."""
+    return torch.zeros(norm.num_features, device=device) if norm.bias is None else norm.bias
 
 
 def process_group_of(norm: _BatchNorm) -> dist.ProcessGroup | None:
-    """The processes that ``norm``, in training, takes its statistics over; None for this one alone."""
-    if not isinstance(norm, nn.SyncBatchNorm | SyncBatchNorm):
+    """The processes that ``norm`` takes its statistics over now; None for this one alone, as always in evaluation."""
+    if not norm.training or not isinstance(norm, nn.SyncBatchNorm | SyncBatchNorm):
         return None
     if not (dist.is_available() and dist.is_initialized()):
         if not SyncBatchNorm._told:
@@ -161,5 +175,5 @@ def process_group_of(norm: _BatchNorm) -> dist.ProcessGroup | None:
 def statistics_of(norm: _BatchNorm) -> Statistics:
     """What ``norm`` normalizes with now: the batch in training, or its running statistics."""
     if norm.training or norm.running_mean is None:
-        return Statistics(norm.eps, group=process_group_of(norm) if norm.training else None)
+        return Statistics(norm.eps, group=process_group_of(norm))
     return Statistics(norm.eps, norm.running_mean, norm.running_var)
