@@ -61,8 +61,8 @@ def dilated_reparam_conv(
         channel they were taken from.
 
     Raises:
-        ValueError: One value a channel, of which no variance can be taken. None at all gives an empty map.
-            Or the first branch is dilated.
+        ValueError: The first branch is dilated; or there is one value a channel in all processes, of which no variance
+            can be taken. (None at all gives an empty map.)
     """
     _check_first(dilations)
     device = compat.autocast_device(x)

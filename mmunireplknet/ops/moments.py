@@ -40,8 +40,8 @@ def share_moments(mean: Tensor, var: Tensor, count: int, group: dist.ProcessGrou
     """Mean, biased variance and count over all processes, by one all-reduce; differentiable, by another one.
 
     A process without values takes part in both. What crosses the processes are 2 n + 1 values: sums, sums of squares
-    and the count, and in the backward pass their gradients. A backward pass by hand reduces the same, so that one
-    process may compute a norm by a fused operator and another one by its layer.
+    and the count, and in the backward pass their gradients. ``pointwise`` reduces the same in its own backward pass, so
+    that one process may compute a norm by a fused operator and another one by its layer.
 
     Args:
         mean: Of the values of this process, n of them; finite, see ``var_mean``.
