@@ -88,8 +88,9 @@ def update_running_statistics(
     for norm, mean, var in zip(norms, means, variances, strict=True):
         if norm.training and norm.track_running_stats and norm.running_mean is not None:
             tracked = None if norm.num_batches_tracked is None else norm.num_batches_tracked.add_(1)
-            cumulative = 0.0 if tracked is None else 1.0 / float(tracked)
-            factor = cumulative if norm.momentum is None else norm.momentum
+            factor = norm.momentum
+            if factor is None:
+                factor = 0.0 if tracked is None else 1.0 / float(tracked)
             if count:
                 groups.setdefault(factor, []).append((norm, mean.to(norm.running_mean.dtype), var * unbiased))
     for factor, group in groups.items():
