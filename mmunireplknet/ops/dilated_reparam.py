@@ -23,6 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import backends
 from .depthwise import _library, _tags
 from .linear import autocast_device, without_autocast
+from .moments import share_moments, sum_over_processes, var_mean
 
 __all__ = ['dilated_reparam_conv', 'merge_branches']
 
@@ -46,7 +47,7 @@ def dilated_reparam_conv(
     Args:
         x: (N, C, H, W); under autocast it is cast.
         weights: One (C, 1, K, K) a branch, K odd; the first is the largest.
-        dilations: One a branch.
+        dilations: One a branch, of the first 1.
         gammas: One (C,) a branch.
         betas: One (C,) a branch.
         eps: One a branch.
@@ -59,13 +60,14 @@ def dilated_reparam_conv(
         channel they were taken from.
 
     Raises:
-        ValueError: Fewer than two values a channel, of which no variance can be taken.
+        ValueError: The first branch is dilated; or there is one value a channel in all processes, of which no variance
+            can be taken. (None at all gives an empty map.)
     """
+    _check_first(dilations)
     device = autocast_device(x)
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
-    group_size = 1 if process_group is None else dist.get_world_size(process_group)
-    if x.shape[0] * x.shape[2] * x.shape[3] * group_size < 2:
+    if process_group is None and x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(f'Expected more than 1 value per channel when training, got input size {tuple(x.shape)}.')
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight = torch.cat([w.flatten() for w in weights]).to(dtype)
@@ -73,6 +75,11 @@ def dilated_reparam_conv(
     kernels = [w.shape[-1] for w in weights]
     with torch.autocast(device, enabled=False):
         return _DilatedReparam.apply(x, weight, gamma, beta, kernels, [*dilations], [*eps], process_group, backend)
+
+
+def _check_first(dilations: Sequence[int]) -> None:
+    if dilations[0] != 1:
+        raise ValueError(f'dilations={[*dilations]} must begin with 1: the first branch is the dense large kernel.')
 
 
 def merge_branches(weights: Sequence[Tensor], dilations: Sequence[int], scales: Sequence[Tensor] | Tensor) -> Tensor:
@@ -84,8 +91,9 @@ def merge_branches(weights: Sequence[Tensor], dilations: Sequence[int], scales: 
         scales: (C,) each.
 
     Raises:
-        ValueError: A branch covers more than K.
+        ValueError: A branch covers more than K, or the first is dilated.
     """
+    _check_first(dilations)
     merged = weights[0] * scales[0].view(-1, 1, 1, 1)
     size = merged.shape[-1]
     for weight, dilation, scale in zip(weights[1:], dilations[1:], scales[1:], strict=True):
@@ -119,7 +127,8 @@ class _DilatedReparam(torch.autograd.Function):
             y, mean, var = torch.ops.mmuni.dilated_reparam_forward(x, weight, gamma, beta, *static)
         else:
             mean, var = torch.ops.mmuni.dilated_reparam_stats(x, weight, gamma.shape[0], *static)
-            mean, var, count = _share_statistics(mean, var, count, group)
+            mean, var, count = share_moments(mean, var, count, group)
+            mean, var = mean.to(gamma.dtype), var.to(gamma.dtype)
             scales = gamma * torch.rsqrt(var + var.new_tensor(eps)[:, None])
             merged = merge_branches(_split(weight, kernels), dilations, scales)
             y = torch.ops.mmuni.depthwise_conv2d(x, merged, beta - (scales * mean).sum(0), 1, backend)
@@ -137,8 +146,7 @@ class _DilatedReparam(torch.autograd.Function):
         sums: tuple[Tensor | None, Tensor | None] = (None, None)
         if ctx.group is not None:
             local = torch.ops.mmuni.dilated_reparam_sums(*tensors, *ctx.static)
-            flat = torch.cat([t.flatten() for t in local])
-            dist.all_reduce(flat, group=ctx.group)
+            flat = sum_over_processes(torch.cat([t.flatten() for t in local]), ctx.group)
             sums = (flat[: gamma.numel()].view_as(gamma), flat[gamma.numel() :])
         grad_x, grad_weight, grad_gamma, grad_beta = torch.ops.mmuni.dilated_reparam_backward(
             *tensors, *sums, float(ctx.count), ctx.needs_input_grad[0], *ctx.static
@@ -147,17 +155,6 @@ class _DilatedReparam(torch.autograd.Function):
             # What the others contribute to these parameters, they hold themselves: DDP adds it.
             grad_gamma, grad_beta = local
         return (grad_x if ctx.needs_input_grad[0] else None, grad_weight, grad_gamma, grad_beta, *(None,) * 5)
-
-
-def _share_statistics(mean: Tensor, var: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, int]:
-    """Mean, biased variance and count over all processes, by one all-reduce."""
-    # float64 for what crosses the processes: E[x^2] - E[x]^2 cancels in float32.
-    means, squares = mean.double() * count, (var.double() + mean.double().square()) * count
-    packed = torch.cat([means.flatten(), squares.flatten(), means.new_tensor([count])])
-    dist.all_reduce(packed, group=group)
-    total = packed[-1]
-    means, squares = (packed[:-1] / total).view(2, *mean.shape)
-    return means.to(mean.dtype), (squares - means.square()).clamp_min(0).to(var.dtype), int(total)
 
 
 def _split(weight: Tensor, kernels: Sequence[int]) -> list[Tensor]:
@@ -184,7 +181,8 @@ for _schema in (
 
 
 def _is_compiled(x: Tensor, kernel: Sequence[int], backend: str) -> bool:
-    return backends.choose(backend, x, max(kernel)) == 'cpp' and len(kernel) <= _MAX_BRANCHES
+    chosen = backends.choose(backend, x, max(kernel))
+    return chosen == 'cpp' and len(kernel) <= _MAX_BRANCHES and x.numel() > 0
 
 
 def _convolve(x: Tensor, weights: list[Tensor], dilation: Sequence[int], b: int, backend: str) -> Tensor:
@@ -206,7 +204,7 @@ def _forward(
     total: Tensor | float = 0.0
     for b in range(len(kernel)):
         z = _convolve(x, weights, dilation, b, backend)
-        var[b], mean[b] = torch.var_mean(z, (0, 2, 3), correction=0)
+        var[b], mean[b] = var_mean(z, [0, 2, 3])
         total = total + F.batch_norm(z, mean[b], var[b], gamma[b], beta if b == 0 else None, eps=eps[b])
     return y.copy_(total), mean, var
 
@@ -233,7 +231,7 @@ def _stats(
     weights = _split(weight, kernel)
     for b in range(branches):
         z = _convolve(x, weights, dilation, b, backend)
-        var[b], mean[b] = torch.var_mean(z, (0, 2, 3), correction=0)
+        var[b], mean[b] = var_mean(z, [0, 2, 3])
     return mean, var
 
 

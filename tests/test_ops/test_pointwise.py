@@ -103,6 +103,15 @@ def test_a_mean_far_from_zero(name: str, offset: float) -> None:
     assert all(e < limit for e, limit in zip(errors(p), limits, strict=True)), errors(p)
 
 
+@pytest.mark.parametrize('size', [(64, 64), (5, 4)], ids=str)
+def test_an_odd_first_pixel(size: tuple[int, int]) -> None:
+    """As at the corner of a padded image: the variance is as exact as ever."""
+    x = image((2, *size, 8)) + 300
+    x[0, 0, 0] = 0.0
+    var = pointwise.normalize(x.clone(), torch.ones(8), torch.zeros(8), pointwise.Statistics(EPS))[2]
+    assert relative_error(var, torch.var(x.double(), (0, 1, 2), correction=0)) < 2e-5
+
+
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.parametrize('inside', [False, True])
 def test_backward_under_autocast(name: str, inside: bool) -> None:
@@ -136,6 +145,19 @@ def test_input_without_gradient(name: str) -> None:
     p.mine(*leaves).backward(p.grad)
     assert leaves[0].grad is None
     assert all(torch.equal(t.grad, e) for t, e in zip(leaves[1:], expected[2:], strict=True))
+
+
+@pytest.mark.parametrize('frozen', [(1,), (5,), (1, 2, 5, 6)])
+def test_frozen_weights_of_the_mlp(frozen: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their gradients are not computed, and the others are the same."""
+    p, products = problem('grn_mlp', 2, 16, (5, 4)), []
+    expected = differentiate(p.mine, p.inputs, p.grad)[1:]
+    monkeypatch.setattr(pointwise, 'product', lambda a, b: products.append(None) or product(a, b))
+    leaves = [t.clone().requires_grad_(i not in frozen) for i, t in enumerate(p.inputs)]
+    p.mine(*leaves).backward(p.grad)
+    assert len(products) == 2 - len({1, 5} & {*frozen})
+    for i, (leaf, e) in enumerate(zip(leaves, expected, strict=True)):
+        assert leaf.grad is None if i in frozen else torch.equal(leaf.grad, e)
 
 
 @pytest.mark.parametrize('kept', [False, True])
