@@ -45,6 +45,11 @@ def depthwise_conv2d(
         RuntimeError: The backend that is asked for cannot be used here.
     """
     if compat.needs_standard_operators():
+        if not torch.jit.is_tracing():  # which takes every comparison of sizes for an operation on tensors
+            _check(x, weight, bias, dilation)
+        device = compat.autocast_device(x)
+        if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         padding = dilation * (weight.shape[-1] // 2)
         return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=x.shape[1])
     _check(x, weight, bias, dilation)
@@ -83,9 +88,17 @@ _library.define(
 )
 
 
+def _size_of_kernel(weight: Tensor) -> int:
+    """K of a weight (C, 1, K, K): whoever calls the operators themselves gets no other check."""
+    *_, height, width = weight.shape
+    if height != width or width % 2 == 0:
+        raise ValueError(f'weight {tuple(weight.shape)} must be (C, 1, K, K) with an odd K.')
+    return width
+
+
 @torch.library.impl(_library, 'depthwise_conv2d', 'CompositeExplicitAutograd')
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, backend: str) -> Tensor:
-    kernel = weight.shape[-1]
+    kernel = _size_of_kernel(weight)
     if not x.numel():
         return torch.empty_like(x)
     if backends.choose(backend, x, kernel) != 'cpp':
@@ -98,7 +111,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, back
 
 @torch.library.impl(_library, 'depthwise_conv2d_input_grad', 'CompositeExplicitAutograd')
 def _input_grad(grad: Tensor, weight: Tensor, dilation: int, backend: str) -> Tensor:
-    kernel = weight.shape[-1]
+    kernel = _size_of_kernel(weight)
     if not grad.numel():
         return torch.empty_like(grad)
     if backends.choose(backend, grad, kernel) != 'cpp':

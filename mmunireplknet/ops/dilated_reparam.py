@@ -23,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .. import compat
 from . import backends
 from .depthwise import _library, _tags
-from .linear import without_autocast
+from .linear import once_differentiable, without_autocast
 
 __all__ = ['dilated_reparam_conv', 'merge_branches']
 
@@ -60,8 +60,9 @@ def dilated_reparam_conv(
         channel they were taken from.
 
     Raises:
-        ValueError: Fewer than two values a channel, of which no variance can be taken.
+        ValueError: Fewer than two values a channel, of which no variance can be taken; or arguments that do not fit.
     """
+    _check(x, weights, dilations, gammas, betas, eps, process_group is not None)
     device = compat.autocast_device(x)
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
@@ -74,6 +75,34 @@ def dilated_reparam_conv(
     kernels = [w.shape[-1] for w in weights]
     with torch.autocast(device, enabled=False):
         return _DilatedReparam.apply(x, weight, gamma, beta, kernels, [*dilations], [*eps], process_group, backend)
+
+
+def _check(
+    x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], gammas: Sequence[Tensor], betas: Sequence[Tensor],
+    eps: Sequence[float], merges: bool,
+) -> None:  # fmt: skip
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f'x must be a floating (N, C, H, W) map, got {x.dtype} {tuple(x.shape)}.')
+    counts = {
+        'weights': len(weights), 'dilations': len(dilations), 'gammas': len(gammas), 'betas': len(betas),
+        'eps': len(eps),
+    }  # fmt: skip
+    if len(set(counts.values())) > 1 or not weights:
+        given = ', '.join(f'{count} {name}' for name, count in counts.items())
+        raise ValueError(f'weights, dilations, gammas, betas and eps must have one entry for each branch, got {given}.')
+    c = x.shape[1]
+    for b, (weight, dilation) in enumerate(zip(weights, dilations, strict=True)):
+        kernel = weight.shape[-1] if weight.dim() == 4 else 0
+        if tuple(weight.shape) != (c, 1, kernel, kernel) or kernel % 2 == 0:
+            raise ValueError(f'weights[{b}] is {tuple(weight.shape)}: it must be ({c}, 1, K, K) with an odd K.')
+        if dilation < 1:
+            raise ValueError(f'dilations[{b}] is {dilation}: it must be at least 1.')
+    for name, tensors in (('gammas', gammas), ('betas', betas)):
+        for b, tensor in enumerate(tensors):
+            if tuple(tensor.shape) != (c,):
+                raise ValueError(f'{name}[{b}] is {tuple(tensor.shape)}: it must be ({c},).')
+    if merges and dilations[0] != 1:
+        raise ValueError(f'dilations[0] is {dilations[0]}: over several processes the first branch must have 1.')
 
 
 def merge_branches(weights: Sequence[Tensor], dilations: Sequence[int], scales: Sequence[Tensor] | Tensor) -> Tensor:
@@ -130,7 +159,7 @@ class _DilatedReparam(torch.autograd.Function):
         return y, mean, var, count
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     @without_autocast
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
         x, weight, gamma, mean, var = ctx.saved_tensors
@@ -188,6 +217,11 @@ def _is_compiled(x: Tensor, kernel: Sequence[int], backend: str) -> bool:
     return backends.choose(backend, x, max(kernel)) == 'cpp' and len(kernel) <= _MAX_BRANCHES
 
 
+def _widen(x: Tensor) -> Tensor:
+    """In the precision of the statistics on a CPU, which rounds the output of no branch; on others, as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if x.device.type == 'cpu' else x
+
+
 def _convolve(x: Tensor, weights: list[Tensor], dilation: Sequence[int], b: int, backend: str) -> Tensor:
     """Output of branch b in the precision of its statistics."""
     z = torch.ops.mmuni.depthwise_conv2d(x, weights[b], None, dilation[b], backend)
@@ -203,7 +237,7 @@ def _forward(
     if _is_compiled(x, kernel, backend):
         torch.ops.mmuni_cpu.block_forward(x, kernel, dilation, eps, weight, gamma.contiguous(), beta, mean, var, y)
         return y, mean, var
-    weights = _split(weight, kernel)
+    weights, x = _split(weight, kernel), _widen(x)
     total: Tensor | float = 0.0
     for b in range(len(kernel)):
         z = _convolve(x, weights, dilation, b, backend)
@@ -231,7 +265,7 @@ def _stats(
             x, kernel, dilation, eps, weight, torch.ones_like(mean), mean[0], mean, var, None
         )
         return mean, var
-    weights = _split(weight, kernel)
+    weights, x = _split(weight, kernel), _widen(x)
     for b in range(branches):
         z = _convolve(x, weights, dilation, b, backend)
         var[b], mean[b] = torch.var_mean(z, (0, 2, 3), correction=0)
@@ -258,7 +292,7 @@ def _sums(
             sum_beta, False, 1.0,
         )  # fmt: skip
         return sum_gamma, sum_beta
-    weights = _split(weight, kernel)
+    weights, x = _split(weight, kernel), _widen(x)
     values = grad.to(gamma.dtype)
     for b in range(len(kernel)):
         z = _convolve(x, weights, dilation, b, backend)
@@ -293,13 +327,13 @@ def _backward(
         sum_gamma, sum_beta = _sums(grad, x, weight, gamma, mean, var, kernel, dilation, eps, backend)
     weights, grads = _split(weight, kernel), _split(grad_weight, kernel)
     ops, total = torch.ops.mmuni, torch.zeros_like(x, dtype=gamma.dtype) if needs_x else None
+    narrow, wide = _widen(x), x.to(gamma.dtype)
     centred = grad.to(gamma.dtype) - (sum_beta / count).view(-1, 1, 1)
     for b in range(len(kernel)):
-        z = _convolve(x, weights, dilation, b, backend)
+        z = _convolve(narrow, weights, dilation, b, backend)
         inverse = torch.rsqrt(var[b] + eps[b])
         slope = (sum_gamma[b] * inverse / count).view(-1, 1, 1)
         grad_z = (gamma[b] * inverse).view(-1, 1, 1) * (centred - slope * (z - mean[b].view(-1, 1, 1)))
-        wide = x.to(gamma.dtype)
         grads[b].copy_(ops.depthwise_conv2d_weight_grad(wide, grad_z, kernel[b], dilation[b], backend))
         if total is not None:
             total += ops.depthwise_conv2d_input_grad(grad_z, weights[b], dilation[b], backend)

@@ -1,6 +1,7 @@
 """Building the compiled kernels: when, where to, and what is said where it fails."""
 
 import importlib.metadata
+import platform
 import runpy
 import shutil
 import subprocess
@@ -20,6 +21,17 @@ open(sys.argv[sys.argv.index('-o') + 1], 'w').write(' '.join(sys.argv))
 """
 FAILS = "import sys\nsys.exit('conv.h:1: error: expected a semicolon')"
 FAILS_TO_LINK = "import sys\n'-shared' in sys.argv and sys.exit('ld: cannot find -ltorch_cpu')\n" + WORKS
+
+EMULATOR = platform.machine() == 'x86_64' and (shutil.which('qemu-x86_64') or shutil.which('qemu-x86_64-static'))
+MAIN = """
+#include <cstdio>
+#include <cstdlib>
+#include "kernels.h"
+float* mmuni::allocate(int64_t count) { return static_cast<float*>(std::malloc(4 * count)); }
+int main() {
+  std::printf("%s %s %s", mmuni::portable_kernels.name, mmuni::avx2_kernels.name, mmuni::avx512_kernels.name);
+}
+"""
 
 LOAD_AND_COMPUTE = """
 import sys, torch
@@ -272,6 +284,25 @@ def test_module_can_be_run_by_its_path(monkeypatch: pytest.MonkeyPatch, capsys: 
     with pytest.raises(SystemExit, match='0'):
         runpy.run_path(build.__file__, run_name='__main__')
     assert 'python -m mmunireplknet.ops.build' in capsys.readouterr().out
+
+
+def test_nothing_of_an_instruction_set_runs_when_the_library_is_loaded(cpp: Path) -> None:
+    """Its constructors run on every processor. Those of the operators show that the names are there to be found."""
+    names = cpp.read_bytes()
+    assert b'_GLOBAL__sub_I_depthwise' in names
+    assert b'_GLOBAL__sub_I_kernels' not in names
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not EMULATOR or bool(build.why_not()), reason='needs qemu-x86_64, an x86-64 compiler and Linux')
+def test_a_processor_without_avx512(tmp_path: Path) -> None:
+    """It starts a program with all kernels, and so it would load the library."""
+    (tmp_path / 'main.cpp').write_text(MAIN)
+    sources = [tmp_path / 'main.cpp', *build.SOURCES.glob('kernels_*.cpp')]
+    command = [*build.compiler(), *build.FLAGS, '-static', f'-I{build.SOURCES}', *sources, '-o', tmp_path / 'main']
+    subprocess.run(command, check=True)
+    done = subprocess.run([EMULATOR, '-cpu', 'Haswell', tmp_path / 'main'], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ('portable avx2 avx512', 0), done.stderr
 
 
 @pytest.mark.slow
