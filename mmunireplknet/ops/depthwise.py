@@ -25,9 +25,9 @@ def depthwise_conv2d(
 ) -> Tensor:
     """Depthwise convolution of stride 1 that keeps the size of the map.
 
-    The same as ``F.conv2d(x, weight, bias, padding=dilation * (K // 2), dilation=dilation, groups=C)``; while a model
-    is traced or exported it is just that. Sums are made in float32, for float64 maps in float64. Under autocast ``x``
-    is cast, the weight is not.
+    The same as ``F.conv2d(x, weight, bias, padding=dilation * (K // 2), dilation=dilation, groups=C)``. Sums are made in
+    float32, for float64 maps in float64. Under autocast ``x`` is cast, the weight is not. While a model is traced or
+    exported, and under torch.func, it is just that convolution, with the weight cast to the dtype of ``x``.
 
     Args:
         x: (N, C, H, W) in float32, float64, bfloat16 or float16, of any size and memory layout.
@@ -48,8 +48,9 @@ def depthwise_conv2d(
         if not torch.jit.is_tracing():  # which takes every comparison of sizes for an operation on tensors
             _check(x, weight, bias, dilation)
         device = compat.autocast_device(x)
-        if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         padding = dilation * (weight.shape[-1] // 2)
         return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=x.shape[1])
     _check(x, weight, bias, dilation)

@@ -1,10 +1,12 @@
 """The pointwise half of a block against plain torch in float64: outputs, gradients, and what is hard about them."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -311,6 +313,17 @@ def test_products(shape: tuple[int, int, int], by_onednn: bool, monkeypatch: pyt
     assert relative_error(linear(grad, weight.t()), grad.double() @ weight.double()) < 2e-6
     assert relative_error(product(grad, x), grad.double().t() @ x.double()) < 2e-6
     assert relative_error(product(x, grad), x.double().t() @ grad.double()) < 2e-6
+
+
+def test_torch_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module can be imported, and multiplies as torch does."""
+    monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.ops, 'mkldnn', SimpleNamespace())
+    spec = importlib.util.spec_from_file_location('mmunireplknet.ops.without_onednn', linear_module.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    x, weight = image((7, 5)), image((3, 5), 1)
+    assert torch.equal(module.linear(x, weight), F.linear(x, weight))
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16], ids=str)
