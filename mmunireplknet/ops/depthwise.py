@@ -25,8 +25,8 @@ def depthwise_conv2d(
 ) -> Tensor:
     """Depthwise convolution of stride 1 that keeps the size of the map.
 
-    The same as ``F.conv2d(x, weight, bias, padding=dilation * (K // 2), dilation=dilation, groups=C)``. Sums are made in
-    float32, for float64 maps in float64. Under autocast ``x`` is cast, the weight is not. While a model is traced or
+    The same as ``F.conv2d(x, weight, bias, padding=dilation * (K // 2), dilation=dilation, groups=C)``. Sums are made
+    in float32, for float64 maps in float64. Under autocast ``x`` is cast, the weight is not. While a model is traced or
     exported, and under torch.func, it is just that convolution, with the weight cast to the dtype of ``x``.
 
     Args:

@@ -36,7 +36,8 @@ def once_differentiable(backward: Function) -> Function:
         if not torch.is_grad_enabled():
             return results
         refuse = torch._C._functions.DelayedError(_TWICE, len(results))
-        return refuse(*(None if t is None else t.detach().requires_grad_() for t in results))
+        outputs: list[Any] = [None if t is None else t.detach().requires_grad_() for t in results]
+        return refuse(*outputs)
 
     return cast(Function, wrapped)
 

@@ -188,7 +188,7 @@ def test_it_cannot_be_differentiated_twice(backend: str) -> None:
     inputs = inputs_of(BASE)
     y, *_ = compute(backend)(inputs.x.requires_grad_(), *inputs[1:-1])
     (grad,) = torch.autograd.grad(y.square().sum(), inputs.x, create_graph=True)
-    with pytest.raises(RuntimeError, match='cannot be differentiated twice .* fused=False'):
+    with pytest.raises(RuntimeError, match=r'cannot be differentiated twice .* fused=False'):
         grad.sum().backward()
 
 

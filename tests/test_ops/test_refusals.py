@@ -19,7 +19,7 @@ CPP = torch.ops.mmuni_cpu
 X, W = torch.zeros(2, 4, 9, 8), torch.zeros(4, 1, 5, 5)
 SMALL, DOUBLE, META = torch.zeros(1, 4, 3, 3), X.double(), X.to('meta')
 GAMMA, FLAT = torch.zeros(2, 4), torch.zeros(4 * 34)
-ROWS, N_C = torch.zeros(2, 9, 4), torch.zeros(2, 4)
+ROWS, N_C, TOTAL = torch.zeros(2, 9, 4), torch.zeros(2, 4), torch.zeros(2, 2, 4)
 
 
 def forward(x: Tensor = X, w: Tensor = W, bias: Tensor | None = None, out: Tensor = X, k: int = 5, r: int = 1) -> None:
@@ -55,7 +55,7 @@ def grad(g: Tensor = ROWS, slope: Tensor = N_C, out: Tensor = ROWS) -> None:
     CPP.grad(g, ROWS, N_C, N_C, slope, out.clone(), False)
 
 
-def sums(g: Tensor = ROWS, pivot: Tensor = N_C[0], out: Tensor = ROWS, total: Tensor = torch.zeros(2, 2, 4)) -> None:
+def sums(g: Tensor = ROWS, pivot: Tensor = N_C[0], out: Tensor = ROWS, total: Tensor = TOTAL) -> None:
     CPP.sums(ROWS, g, pivot, out.clone(), total.clone(), False)
 
 
@@ -102,7 +102,7 @@ def test_what_fits_is_computed(cpp: Path) -> None:
         (apply, dict(x=ROWS.mT), 'x must be contiguous'),
         (apply, dict(x=ROWS[0, 0]), r'x must be contiguous, \(N, ..., C\) and on the CPU, not 4 values of 1 dim'),
         (apply, dict(scale=N_C[0]), 'scale must be 8 .* not 4'),
-        (apply, dict(residual=ROWS.double()), 'residual must be 72 contiguous Float values .* not 72 contiguous Double'),
+        (apply, dict(residual=ROWS.double()), 'residual must be 72 contiguous Float values .* not 72 .* Double'),
         (apply, dict(out=ROWS[:1]), 'out must be 72 contiguous Float values on the CPU, as x, not 36'),
         (grad, dict(g=ROWS.bfloat16()), 'grad must be 72 .* not 72 contiguous BFloat16 values'),
         (grad, dict(slope=N_C[0]), 'slope must be 8 .* not 4'),
@@ -202,7 +202,7 @@ def run(program: str, **env: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc, and limits the memory of a process as Linux does')
 def test_out_of_memory(cpp: Path) -> None:
-    """It raises, and afterwards everything works as before. 16 images of 16 channels take 67 MB, their tiles 3 times that."""
+    """It raises, and afterwards everything works as before. Sixteen images take 67 MB, and the tiles three times that."""
     done = run(OUT_OF_MEMORY)
     assert done.returncode == 0, done.stderr
     message, rest = done.stdout.splitlines()
