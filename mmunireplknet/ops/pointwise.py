@@ -1,8 +1,8 @@
 """The pointwise half of a block on the CPU: few passes over memory, and little kept for the backward pass.
 
-The three functions take (N, H, W, C) maps in contiguous memory and need the compiled kernels. What depends on images and
-channels alone, (N, C), is computed here; what touches every pixel are the three kernels ``apply``, ``sums``
-and ``grad`` of ``csrc/cpu/pointwise.h``. Gradients are exact and cannot be differentiated again.
+The three functions take (N, H, W, C) maps in contiguous memory and need the compiled kernels. Everything that depends
+on images and channels alone, (N, C), is computed here; what touches every pixel are the three kernels ``apply``,
+``sums`` and ``grad`` of ``csrc/cpu/pointwise.h``. Gradients are exact and cannot be differentiated again.
 """
 
 from __future__ import annotations

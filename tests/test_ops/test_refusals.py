@@ -202,7 +202,7 @@ def run(program: str, **env: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc, and limits the memory of a process as Linux does')
 def test_out_of_memory(cpp: Path) -> None:
-    """It raises, and afterwards everything works as before. Sixteen images take 67 MB, and the tiles three times that."""
+    """It raises, and afterwards everything works as before. The maps take 67 MB, and their tiles three times that."""
     done = run(OUT_OF_MEMORY)
     assert done.returncode == 0, done.stderr
     message, rest = done.stdout.splitlines()
