@@ -212,7 +212,7 @@ def test_gelu() -> None:
 @pytest.mark.parametrize('count', [1, 5, 64])
 def test_gelu_of_what_is_not_finite_or_large(count: int) -> None:
     """As torch's, except that it is inf for inf; each number alone and beside others, in vectors and behind them."""
-    numbers = [torch.inf, 1e4, 1e30, 3e38, 88.0, 13.5, 1e-40]
+    numbers = [torch.inf, 1e4, 1e30, 1e38, 88.0, 13.5, 1e-40]
     for special in (*numbers, *(-number for number in numbers), 3e37, torch.nan, 0.0):
         x = torch.linspace(-1, 1, count)
         x[count // 2] = special
