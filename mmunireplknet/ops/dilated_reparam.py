@@ -22,7 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import backends
 from .depthwise import _library, _tags
-from .linear import autocast_device, without_autocast
+from .linear import autocast_device, once_differentiable, without_autocast
 from .moments import share_moments, sum_over_processes, var_mean
 
 __all__ = ['dilated_reparam_conv', 'merge_branches']
@@ -60,10 +60,10 @@ def dilated_reparam_conv(
         channel they were taken from.
 
     Raises:
-        ValueError: The first branch is dilated; or there is one value a channel in all processes, of which no variance
+        ValueError: Arguments that do not fit; or there is one value a channel in all processes, of which no variance
             can be taken. (None at all gives an empty map.)
     """
-    _check_first(dilations)
+    _check(x, weights, dilations, gammas, betas, eps)
     device = autocast_device(x)
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
@@ -75,6 +75,33 @@ def dilated_reparam_conv(
     kernels = [w.shape[-1] for w in weights]
     with torch.autocast(device, enabled=False):
         return _DilatedReparam.apply(x, weight, gamma, beta, kernels, [*dilations], [*eps], process_group, backend)
+
+
+def _check(
+    x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], gammas: Sequence[Tensor], betas: Sequence[Tensor],
+    eps: Sequence[float],
+) -> None:  # fmt: skip
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f'x must be a floating (N, C, H, W) map, got {x.dtype} {tuple(x.shape)}.')
+    counts = {
+        'weights': len(weights), 'dilations': len(dilations), 'gammas': len(gammas), 'betas': len(betas),
+        'eps': len(eps),
+    }  # fmt: skip
+    if len(set(counts.values())) > 1 or not weights:
+        given = ', '.join(f'{count} {name}' for name, count in counts.items())
+        raise ValueError(f'weights, dilations, gammas, betas and eps must have one entry for each branch, got {given}.')
+    c = x.shape[1]
+    for b, (weight, dilation) in enumerate(zip(weights, dilations, strict=True)):
+        kernel = weight.shape[-1] if weight.dim() == 4 else 0
+        if tuple(weight.shape) != (c, 1, kernel, kernel) or kernel % 2 == 0:
+            raise ValueError(f'weights[{b}] is {tuple(weight.shape)}: it must be ({c}, 1, K, K) with an odd K.')
+        if dilation < 1:
+            raise ValueError(f'dilations[{b}] is {dilation}: it must be at least 1.')
+    for name, tensors in (('gammas', gammas), ('betas', betas)):
+        for b, tensor in enumerate(tensors):
+            if tuple(tensor.shape) != (c,):
+                raise ValueError(f'{name}[{b}] is {tuple(tensor.shape)}: it must be ({c},).')
+    _check_first(dilations)
 
 
 def _check_first(dilations: Sequence[int]) -> None:
@@ -138,7 +165,7 @@ class _DilatedReparam(torch.autograd.Function):
         return y, mean, var, count
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     @without_autocast
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
         x, weight, gamma, mean, var = ctx.saved_tensors
@@ -185,6 +212,11 @@ def _is_compiled(x: Tensor, kernel: Sequence[int], backend: str) -> bool:
     return chosen == 'cpp' and len(kernel) <= _MAX_BRANCHES and x.numel() > 0
 
 
+def _widen(x: Tensor) -> Tensor:
+    """In the precision of the statistics on a CPU, which rounds the output of no branch; on others, as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if x.device.type == 'cpu' else x
+
+
 def _convolve(x: Tensor, weights: list[Tensor], dilation: Sequence[int], b: int, backend: str) -> Tensor:
     """Output of branch b in the precision of its statistics."""
     z = torch.ops.mmuni.depthwise_conv2d(x, weights[b], None, dilation[b], backend)
@@ -200,7 +232,7 @@ def _forward(
     if _is_compiled(x, kernel, backend):
         torch.ops.mmuni_cpu.block_forward(x, kernel, dilation, eps, weight, gamma.contiguous(), beta, mean, var, y)
         return y, mean, var
-    weights = _split(weight, kernel)
+    weights, x = _split(weight, kernel), _widen(x)
     total: Tensor | float = 0.0
     for b in range(len(kernel)):
         z = _convolve(x, weights, dilation, b, backend)
@@ -228,7 +260,7 @@ def _stats(
             x, kernel, dilation, eps, weight, torch.ones_like(mean), mean[0], mean, var, None
         )
         return mean, var
-    weights = _split(weight, kernel)
+    weights, x = _split(weight, kernel), _widen(x)
     for b in range(branches):
         z = _convolve(x, weights, dilation, b, backend)
         var[b], mean[b] = var_mean(z, [0, 2, 3])
@@ -255,7 +287,7 @@ def _sums(
             sum_beta, False, 1.0,
         )  # fmt: skip
         return sum_gamma, sum_beta
-    weights = _split(weight, kernel)
+    weights, x = _split(weight, kernel), _widen(x)
     values = grad.to(gamma.dtype)
     for b in range(len(kernel)):
         z = _convolve(x, weights, dilation, b, backend)
@@ -290,13 +322,13 @@ def _backward(
         sum_gamma, sum_beta = _sums(grad, x, weight, gamma, mean, var, kernel, dilation, eps, backend)
     weights, grads = _split(weight, kernel), _split(grad_weight, kernel)
     ops, total = torch.ops.mmuni, torch.zeros_like(x, dtype=gamma.dtype) if needs_x else None
+    narrow, wide = _widen(x), x.to(gamma.dtype)
     centred = grad.to(gamma.dtype) - (sum_beta / count).view(-1, 1, 1)
     for b in range(len(kernel)):
-        z = _convolve(x, weights, dilation, b, backend)
+        z = _convolve(narrow, weights, dilation, b, backend)
         inverse = torch.rsqrt(var[b] + eps[b])
         slope = (sum_gamma[b] * inverse / count).view(-1, 1, 1)
         grad_z = (gamma[b] * inverse).view(-1, 1, 1) * (centred - slope * (z - mean[b].view(-1, 1, 1)))
-        wide = x.to(gamma.dtype)
         grads[b].copy_(ops.depthwise_conv2d_weight_grad(wide, grad_z, kernel[b], dilation[b], backend))
         if total is not None:
             total += ops.depthwise_conv2d_input_grad(grad_z, weights[b], dilation[b], backend)

@@ -1,8 +1,8 @@
 """The pointwise half of a block on the CPU: few passes over memory, and little kept for the backward pass.
 
-Both functions take (N, H, W, C) maps in contiguous memory and need the compiled kernels. Everything that depends on
-images and channels alone, (N, C), is computed here; what touches every pixel are the three kernels ``apply``, ``sums``
-and ``grad`` of ``csrc/cpu/pointwise.h``. Gradients are exact and cannot be differentiated again.
+The three functions take (N, H, W, C) maps in contiguous memory and need the compiled kernels. Everything that depends
+on images and channels alone, (N, C), is computed here; what touches every pixel are the three kernels ``apply``,
+``sums`` and ``grad`` of ``csrc/cpu/pointwise.h``. Gradients are exact and cannot be differentiated again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .linear import linear, product, without_autocast
+from .linear import linear, once_differentiable, product, without_autocast
 from .moments import share_moments, sum_over_processes
 
 __all__ = ['Statistics', 'gate', 'grn_mlp', 'normalize']
@@ -77,7 +77,7 @@ class _GrnMlp(torch.autograd.Function):
         return linear(y.flatten(0, 2), weight2, bias2).view(*x.shape[:3], -1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple:
         x, hidden, norm, weight1, gamma, beta, weight2 = ctx.saved_tensors
@@ -139,7 +139,7 @@ def normalize(
 
 
 def gate(
-    x: Tensor, weight: Tensor, bias: Tensor, statistics: Statistics | None,
+    x: Tensor, weight: Tensor, bias: Tensor, statistics: Statistics,
     down: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
     """Squeeze-and-Excitation of ``BN(x)``: ``b * sigmoid(up(relu(down(mean(b)))))`` with b = BN(x).
@@ -240,7 +240,7 @@ class _Normalize(torch.autograd.Function):
         return _apply(x, scale, shift, residual, out=None if keep else x), m.mean, var, m.pixels
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     @without_autocast
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
         x, weight, bias, multiplier, mean, inverse, image_mean = ctx.saved_tensors
@@ -270,7 +270,7 @@ class _Gate(torch.autograd.Function):
         return _apply(x, gain * gates, (bias - m.mean * gain) * gates), m.mean, var, m.pixels
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     @without_autocast
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
         x, weight, bias, pooled, squeezed, gates, down, up, mean, inverse, image_mean = ctx.saved_tensors

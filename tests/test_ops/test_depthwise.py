@@ -113,7 +113,10 @@ def test_no_images(dtype: torch.dtype, kernel: int, layout: str, backend: str) -
 @pytest.mark.parametrize('shape', [(1, 16, 66, 40), (3, 40, 33, 21), (2, 3, 7, 150)], ids=str)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 def test_threads_do_not_matter(dtype: torch.dtype, shape: tuple, cpp: Path) -> None:
-    """Not a bit of the compiled kernels' results depends on the number of threads, or on their order."""
+    """Not a bit of the compiled kernels' results depends on the number of threads, or on their order.
+
+    That of the bias is a sum over the map, which torch makes: the last bits of it do.
+    """
     n, c, *size = shape
     x, weight, bias, grad = tensors(Case(13, dtype, tuple(size), 'contiguous', 'channels_last', c, 1, n))
     results = []

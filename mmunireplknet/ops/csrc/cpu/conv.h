@@ -19,9 +19,7 @@ struct Scratch {
       data = kept.data;
       return;
     }
-    void* memory = nullptr;
-    if (posix_memalign(&memory, 64, bytes)) abort();
-    data = static_cast<float*>(memory);
+    data = allocate(floats);
     if (bytes > MAX_KEPT) return;
     free(kept.data);
     kept.data = data;
@@ -50,7 +48,7 @@ struct Table {
 };
 
 template <int Q, int KB>
-void fill(Table& forward, Table& weight_grad) {
+constexpr void fill(Table& forward, Table& weight_grad) {
   if constexpr (is_used(KB)) {
     forward.dense[Q][KB] = forward_strip<Q, KB, DENSE>;
     weight_grad.dense[Q][KB] = weight_grad_strip<Q, KB, DENSE>;
@@ -69,9 +67,9 @@ void fill(Table& forward, Table& weight_grad) {
 
 struct Tables {
   Table forward, weight_grad;
-  Tables() : forward{}, weight_grad{} { fill<MAX_PIXELS, MAX_TAPS>(forward, weight_grad); }
+  constexpr Tables() : forward{}, weight_grad{} { fill<MAX_PIXELS, MAX_TAPS>(forward, weight_grad); }
 };
-const Tables tables;
+constexpr Tables tables;  // not filled when the library is loaded: the processor may lack these instructions
 
 MMUNI_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 MMUNI_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
