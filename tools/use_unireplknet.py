@@ -32,7 +32,8 @@ def main() -> None:
     if args.out.suffix != '.py' or (args.out.exists() and not args.overwrite):
         sys.exit(f'{args.out} exists, or is no .py file: name another one, or pass --overwrite to replace it.')
     cfg = load_config(args.config, args.cfg_options)
-    del cfg.work_dir, cfg.launcher  # of this run, not of the new config
+    for key in ('work_dir', 'launcher'):  # of this run, not of the new config
+        cfg.pop(key)
     cfg = swap_backbone(cfg, args.arch, args.checkpoint, args.drop_path, args.layer_decay)
     cfg.dump(args.out)
     print(f'{args.out}: UniRepLKNet-{args.arch.upper()}, stages {cfg.model.backbone.out_indices}')

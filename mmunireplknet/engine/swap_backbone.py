@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from ..models.arch_zoo import get_arch
 
 __all__ = ['swap_backbone']
 
+STAGES = {4: 0, 8: 1, 16: 2, 32: 3}  # by stride
 SIZE = 128  # of the image that is sent through the original modules: every stride divides it
 BY_HAND = 'Set in_channels in the config by hand, with backbone=dict(_delete_=True, type="UniRepLKNet", ...).'
 # What the published weights were trained with, RGB.
@@ -63,8 +63,10 @@ def swap_backbone(
     on a small image; no list of known types is involved. UniRepLKNet returns the maps of the same strides, or,
     where the original keeps a stride by dilation, those of the same stages with its own strides. The pooled feature
     stands for an original that returns vectors. Maps that nothing reads are left out (``out_indices``, with
-    ``in_index`` and ``start_level`` counted anew), since DDP would wait for the gradients of their norms. Weights of the original (``init_cfg``, ``pretrained``,
-    ``load_from``) are dropped. Everything else stays, the optimizer too.
+    ``in_index`` and ``start_level`` counted anew), since DDP would wait for the gradients of their norms.
+
+    Weights of the original (``init_cfg``, ``pretrained``, ``load_from``) are dropped. Everything else stays, the
+    optimizer too.
 
     Args:
         cfg: A config of mmdet, mmseg or mmpretrain; it is not changed.
@@ -174,20 +176,20 @@ def _run(cfg: Mapping, inputs: Any, what: str) -> list[Tensor]:
 
 def _backbone_maps(cfg: Mapping, dims: Sequence[int]) -> tuple[_Maps, tuple[int, ...]]:
     """Outputs of the original backbone and of the new one, and the stages of the new one to return."""
-    kind = cfg.get('type')
+    kind = str(cfg.get('type'))
     old = _run(cfg, torch.zeros(1, cfg.get('in_channels', 3), SIZE, SIZE), 'backbone')
     if old[0].dim() == 2:
         if len(old) > 1:
             raise ValueError(f'The backbone {kind} gives {len(old)} vectors, but UniRepLKNet only one. {BY_HAND}')
         return _Maps(kind, old, [torch.zeros(1, dims[3])]), (3,)
-    strides, channels = [SIZE / x.shape[-1] for x in old], [x.shape[1] for x in old]
-    stages = [int(math.log2(stride)) - 2 for stride in strides]
+    strides, channels = [SIZE // x.shape[-1] for x in old], [x.shape[1] for x in old]
+    stages = [STAGES.get(stride, -1) for stride in strides]
     if channels == sorted(set(channels)) and stages == sorted(stages) and len(set(stages)) < len(stages) <= 4:
         stages = list(range(4 - len(stages), 4))
         print_log(
             f'{kind} has the strides {strides} by dilation; UniRepLKNet gives {[4 << i for i in stages]}.', 'current'
         )
-    elif strides != [4 << i for i in stages] or stages != sorted(set(stages)) or not set(stages) <= {0, 1, 2, 3}:
+    elif -1 in stages or stages != sorted(set(stages)):
         raise ValueError(
             f'The backbone {kind} gives maps of the strides {strides} with {channels} channels, which are no part of a '
             f'pyramid of the strides 4, 8, 16, 32. {BY_HAND}'
@@ -221,7 +223,7 @@ def _neck_maps(cfg: ConfigDict, maps: _Maps, unread: int = 0) -> _Maps:
     new = _run(cfg, tuple(maps.new[unread:]), 'neck')
     if len(new) != len(old):
         raise ValueError(f'The neck {cfg.type} gives {len(new)} maps instead of {len(old)}. {BY_HAND}')
-    return _Maps(cfg.type, old, new)
+    return _Maps(str(cfg.type), old, new)
 
 
 def _translate_heads(owner: ConfigDict, maps: _Maps) -> list[int]:
