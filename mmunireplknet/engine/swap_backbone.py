@@ -133,9 +133,8 @@ def _replace(owner: ConfigDict, arch: str | Mapping, checkpoint: str | None, dro
     stages = stages[unread:]
     for i, neck in enumerate(necks):
         maps = _neck_maps(neck, maps, unread if i == 0 else 0)
-    read = _translate_heads(owner, maps)
-    if not necks:
-        stages = tuple(stages[i] for i in read)
+    read = _translate_heads(owner, maps, bool(necks))
+    stages = tuple(stages[i] for i in read) if not necks else stages
     new = ConfigDict(type='UniRepLKNet', arch=arch, out_indices=stages, drop_path_rate=drop_path_rate)
     if old.get('in_channels', 3) != 3:
         new.in_channels = old.in_channels
@@ -226,12 +225,11 @@ def _neck_maps(cfg: ConfigDict, maps: _Maps, unread: int = 0) -> _Maps:
     return _Maps(str(cfg.type), old, new)
 
 
-def _translate_heads(owner: ConfigDict, maps: _Maps) -> list[int]:
+def _translate_heads(owner: ConfigDict, maps: _Maps, behind_neck: bool) -> list[int]:
     """Give the heads their new channels.
 
     Returns:
-        The maps that they read, or all of them where the channels did not change. Where there are others,
-        ``in_index`` has been counted anew without them.
+        The maps to keep: those that are read, for which ``in_index`` is counted anew, or all of a neck.
     """
     before, after = maps.channels
     everything = list(range(len(before)))
@@ -250,8 +248,9 @@ def _translate_heads(owner: ConfigDict, maps: _Maps) -> list[int]:
             f'{", ".join(heads) or "a head"} says who reads them. {BY_HAND}'
         )
     chosen = [_indices(head.in_channels, maps, where, head.get('in_index')) for where, head in readers]
+    _check_cascade(owner, maps, chosen)
     finest = [0 for _, head in readers if 'c1_in_channels' in head]  # what DeepLabV3+ adds
-    read = sorted({i for indices in chosen for i in indices} | set(finest))
+    read = everything if behind_neck else sorted({i for indices in chosen for i in indices} | set(finest))
     for (where, head), indices in zip(readers, chosen, strict=True):
         head.in_channels = _like(head.in_channels, [after[i] for i in indices])
         if 'in_index' in head and read != everything:
@@ -260,6 +259,18 @@ def _translate_heads(owner: ConfigDict, maps: _Maps) -> list[int]:
             _indices(head.c1_in_channels, maps, f'c1_in_channels of {where}', 0)
             head.c1_in_channels = after[0]
     return read
+
+
+def _check_cascade(owner: ConfigDict, maps: _Maps, chosen: list[list[int]]) -> None:
+    """Heads of a cascade combine their outputs, which takes maps of one size, as dilation gives them."""
+    for sizes, allowed in (([x.shape[2:] for x in maps.new], False), ([x.shape[2:] for x in maps.old], True)):
+        one_size = len({sizes[i] for indices in chosen for i in indices}) == 1
+        if not isinstance(owner.get('decode_head'), (list, tuple)) or one_size != allowed:
+            return
+    raise ValueError(
+        f'The heads of {owner.get("type")} read {maps.source} at one stride, by dilation, which UniRepLKNet does not '
+        'have: take a config whose backbone has no dilation, such as OCRNet with HRNet, or give all heads one in_index.'
+    )
 
 
 def _readers(head: Any, name: str, top: bool = True) -> Iterator[tuple[str, ConfigDict]]:
@@ -305,8 +316,10 @@ def _listed(value: int | Sequence[int]) -> list[int]:
     return list(value) if isinstance(value, Sequence) else [value]
 
 
-def _like(value: int | Sequence[int], new: list[int]) -> int | list[int]:
-    """``new`` as a list, or as an int where ``value`` is one."""
+def _like(value: int | Sequence[int], new: list[int]) -> Any:
+    """``new`` as the list, tuple or int that ``value`` is: some modules insist on one of them."""
+    if isinstance(value, tuple):
+        return tuple(new)
     return new if isinstance(value, Sequence) else new[0]
 
 
