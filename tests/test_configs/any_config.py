@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.logging import MessageHub
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
@@ -20,7 +21,7 @@ from mmunireplknet.engine import swap_backbone
 from ..procedural import randomise, relative_error
 
 TOLERANCE = 1e-4
-BATCH = 2
+BATCH = dict(mmdet=1, mmseg=2, mmpretrain=2)
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,13 @@ def small_data(row: Row, cfg: Config, model: nn.Module) -> Callable[[bool], dict
 
 def _images(row: Row) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(0, 256, (3, *row.size), generator=generator, dtype=torch.uint8) for _ in range(BATCH)]
+    return [torch.randint(0, 256, (3, *row.size), generator=generator, dtype=torch.uint8) for _ in range(BATCH[row.library])]
 
 
 def _detection(row: Row, cfg: Config, training: bool) -> dict:
     from mmdet.testing import demo_mm_inputs
 
-    shape, boxes = (3, *row.size), [3] * BATCH
-    data = demo_mm_inputs(BATCH, shape, num_items=boxes, num_classes=80, with_mask=True, use_box_type=False)
+    data = demo_mm_inputs(BATCH['mmdet'], (3, *row.size), num_items=[3], num_classes=80, with_mask=True)
     for sample in data['data_samples']:
         sample.set_metainfo(dict(scale_factor=(1.0, 1.0)))
     return data
@@ -83,7 +83,7 @@ def _segmentation(row: Row, cfg: Config, training: bool) -> dict:
 
     classes = torch.arange(row.size[0] * row.size[1]).view(1, *row.size) // 300 % 7  # bands of seven classes
     meta = dict(img_shape=row.size, ori_shape=row.size, pad_shape=row.size, scale_factor=(1.0, 1.0), flip=False)
-    samples = [SegDataSample(metainfo=meta, gt_sem_seg=PixelData(data=classes.clone())) for _ in range(BATCH)]
+    samples = [SegDataSample(metainfo=meta, gt_sem_seg=PixelData(data=classes.clone())) for _ in range(BATCH['mmseg'])]
     return dict(inputs=_images(row), data_samples=samples)
 
 
@@ -92,9 +92,9 @@ def _classification(row: Row, cfg: Config, training: bool) -> dict:
 
     images = torch.stack(_images(row))
     if cfg.model.data_preprocessor.get('type') == 'SelfSupDataPreprocessor':
-        samples = [DataSample() for _ in range(BATCH)]
+        samples = [DataSample() for _ in range(BATCH['mmpretrain'])]
         return dict(inputs=[images, images.flip(-1)] if training else images, data_samples=samples)
-    samples = [DataSample().set_gt_label([i + 1]) for i in range(BATCH)]
+    samples = [DataSample().set_gt_label([i + 1]) for i in range(BATCH['mmpretrain'])]
     return dict(inputs=images, data_samples=samples)
 
 
@@ -115,12 +115,17 @@ def outcome(model: nn.Module, data: dict) -> dict[str, Tensor]:
     return found
 
 
-def keep_everything(test_cfg: object) -> None:
-    """Set every threshold on scores to 0, so that an untrained detector finds something."""
+def keep_something(test_cfg: object) -> None:
+    """Have an untrained detector find ten boxes, with soft masks: a threshold would turn rounding into other pixels."""
     for key, value in test_cfg.items() if isinstance(test_cfg, dict) else ():
         if key in ('score_thr', 'filter_thr'):
             test_cfg[key] = 0.0
-        keep_everything(value)
+        elif key == 'mask_thr_binary':
+            test_cfg[key] = -1
+        elif key == 'max_per_img':
+            test_cfg[key] = 10
+        elif key != 'rpn':
+            keep_something(value)
 
 
 def build(row: Row) -> tuple[Config, nn.Module]:
@@ -128,10 +133,13 @@ def build(row: Row) -> tuple[Config, nn.Module]:
     cfg = swap_backbone(shipped(row.library, row.config), arch='a')
     if 'data_preprocessor' not in cfg.model:  # what mmengine's Runner does
         cfg.model.data_preprocessor = cfg.data_preprocessor
-    keep_everything(cfg.model.get('test_cfg'))
+    keep_something(cfg.model.get('test_cfg'))
     torch.manual_seed(0)
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     model.init_weights()
+    for value in model.state_dict().values():
+        if value.is_floating_point():  # as initialised, the scores are nearly equal, and their order is rounding
+            value.add_(0.02 * torch.randn_like(value))
     for module in model.modules():
         if isinstance(module, UniRepLKNet):
             randomise(module)
@@ -148,6 +156,7 @@ def train_one_step(cfg: Config, model: nn.Module, data: dict) -> None:
         cfg.pop(key, None)
     wrapper = build_optim_wrapper(model, cfg)
     model.train()
+    MessageHub.get_current_instance().update_info('epoch', 0)  # as the Runner does, which TOOD asks
     loss, _ = model.parse_losses(model(**data, mode='loss'))
     assert loss.isfinite(), f'loss {loss}'
     wrapper.backward(loss)
@@ -169,26 +178,31 @@ def backbone_of(model: nn.Module) -> UniRepLKNet:
 
 
 def compare(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Equal numbers of everything, labels and masks equal, the rest within the tolerance."""
+    """Equal numbers of everything, and equal within the tolerance; labels and binary masks exactly."""
     assert expected
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert value.numel() > 0, f'there are no {name}'
         assert actual[name].shape == value.shape, name
         assert value.double().isfinite().all(), name
-        assert relative_error(actual[name], value) < TOLERANCE, (name, relative_error(actual[name], value))
+        difference = (actual[name].double() - value.double()).abs()
+        if value.dtype == torch.uint8:  # soft masks, cut to 1 / 255: a value at the edge of a step falls on either side
+            assert difference.max() <= 1, name
+            assert difference.mean() / 255 < TOLERANCE, name
+        elif difference.any():
+            assert value.is_floating_point(), (name, difference.count_nonzero())
+            assert relative_error(actual[name], value) < TOLERANCE, (name, relative_error(actual[name], value))
     assert any(value.double().std() > 0 for value in expected.values()), 'there is nothing to compare'
 
 
 def check(row: Row) -> None:
     """Build, one training step, prediction, and the same prediction in deploy form."""
-    scope = row.library
-    with DefaultScope.overwrite_default_scope(scope):
+    with DefaultScope.overwrite_default_scope(row.library):
         cfg, model = build(row)
         data = small_data(row, cfg, model)
         start = {name: value.clone() for name, value in model.state_dict().items()}
         train_one_step(cfg, model, data(True))
-        model.load_state_dict(start)  # the step of an untrained model may be wild
+        model.load_state_dict(start)  # one step at the learning rate of a recipe leads an untrained model anywhere
         model.eval()
         expected = outcome(model, data(False))
         switch_to_deploy(model)

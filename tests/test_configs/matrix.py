@@ -17,11 +17,11 @@ SEG = [
     ('ISANet', 'isanet/isanet_r50-d8_4xb4-160k_ade20k-512x512.py'),
 ]
 DET = [
-    ('Faster R-CNN', 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'),
-    ('Mask R-CNN', 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'),
-    ('Cascade R-CNN', 'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py'),
-    ('Cascade Mask R-CNN', 'cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py'),
-    ('HTC without semantic', 'htc/htc-without-semantic_r50_fpn_1x_coco.py'),
+    ('Faster R-CNN', 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', (32, 64)),
+    ('Mask R-CNN', 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', (32, 64)),
+    ('Cascade R-CNN', 'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py', (32, 64)),
+    ('Cascade Mask R-CNN', 'cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py', (32, 64)),
+    ('HTC without semantic', 'htc/htc-without-semantic_r50_fpn_1x_coco.py', (32, 64)),
     ('ATSS', 'atss/atss_r50_fpn_1x_coco.py'),
     ('GFL', 'gfl/gfl_r50_fpn_1x_coco.py'),
     ('FCOS', 'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'),
