@@ -33,7 +33,7 @@ class Row:
         head: What the row stands for.
         config: Below the library's own configs.
         size: Height and width of the images, the smallest that the head can do something with.
-        slow: Longer than about five seconds.
+        slow: Longer than a few seconds.
     """
 
     library: str
@@ -195,8 +195,8 @@ def compare(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert any(value.double().std() > 0 for value in expected.values()), 'there is nothing to compare'
 
 
-def check(row: Row) -> None:
-    """Build, one training step, prediction, and the same prediction in deploy form."""
+def check(row: Row) -> list[str]:
+    """Build, one training step, prediction, and the same prediction in deploy form; the row's cells of the table."""
     with DefaultScope.overwrite_default_scope(row.library):
         cfg, model = build(row)
         data = small_data(row, cfg, model)
@@ -205,6 +205,11 @@ def check(row: Row) -> None:
         model.load_state_dict(start)  # one step at the learning rate of a recipe leads an untrained model anywhere
         model.eval()
         expected = outcome(model, data(False))
+        parameters = list(backbone_of(model).parameters())
+        assert all(p.requires_grad for p in parameters)
+        size = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
         switch_to_deploy(model)
         assert backbone_of(model).deploy
         compare(outcome(model, data(False)), expected)
+    predicted = ', '.join(sorted({name.partition(' ')[0] for name in expected}))
+    return [f'yes, {size:.1f}M', f'yes, {len(parameters)} gradients', f'yes: {predicted}', 'yes']
