@@ -263,14 +263,13 @@ def _translate_heads(owner: ConfigDict, maps: _Maps, behind_neck: bool) -> list[
 
 def _check_cascade(owner: ConfigDict, maps: _Maps, chosen: list[list[int]]) -> None:
     """Heads of a cascade combine their outputs, which takes maps of one size, as dilation gives them."""
-    for sizes, allowed in (([x.shape[2:] for x in maps.new], False), ([x.shape[2:] for x in maps.old], True)):
-        one_size = len({sizes[i] for indices in chosen for i in indices}) == 1
-        if not isinstance(owner.get('decode_head'), (list, tuple)) or one_size != allowed:
-            return
-    raise ValueError(
-        f'The heads of {owner.get("type")} read {maps.source} at one stride, by dilation, which UniRepLKNet does not '
-        'have: take a config whose backbone has no dilation, such as OCRNet with HRNet, or give all heads one in_index.'
-    )
+    read = {i for indices in chosen for i in indices}
+    before, after = (len({x[i].shape[2:] for i in read}) for x in (maps.old, maps.new))
+    if isinstance(owner.get('decode_head'), (list, tuple)) and before == 1 and after > 1:
+        raise ValueError(
+            f'The heads of {owner.get("type")} read {maps.source} at one stride, by dilation, which UniRepLKNet '
+            'does not have: take a config without it, such as OCRNet with HRNet, or give all heads one in_index.'
+        )
 
 
 def _readers(head: Any, name: str, top: bool = True) -> Iterator[tuple[str, ConfigDict]]:

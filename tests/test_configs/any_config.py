@@ -66,7 +66,9 @@ def small_data(row: Row, cfg: Config, model: nn.Module) -> Callable[[bool], dict
 
 def _images(row: Row) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(0, 256, (3, *row.size), generator=generator, dtype=torch.uint8) for _ in range(BATCH[row.library])]
+    return [
+        torch.randint(0, 256, (3, *row.size), generator=generator, dtype=torch.uint8) for _ in range(BATCH[row.library])
+    ]
 
 
 def _detection(row: Row, cfg: Config, training: bool) -> dict:
