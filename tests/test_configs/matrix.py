@@ -31,12 +31,12 @@ DET = [
     ('FCOS', 'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'),
     ('RetinaNet', 'retinanet/retinanet_r50_fpn_1x_coco.py'),
     ('TOOD', 'tood/tood_r50_fpn_1x_coco.py'),
-    ('YOLOX (PAFPN)', 'yolox/yolox_tiny_8xb8-300e_coco.py'),
+    ('YOLOX (PAFPN)', 'yolox/yolox_tiny_8xb8-300e_coco.py', (128, 128)),
     ('Deformable DETR', 'deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'),
     ('DINO', 'dino/dino-4scale_r50_8xb2-12e_coco.py', (192, 256), True),
     ('Mask2Former', 'mask2former/mask2former_r50_8xb2-lsj-50e_coco.py'),
     ('SOLOv2', 'solov2/solov2_r50_fpn_1x_coco.py', (64, 64), True),
-    ('RTMDet-Ins', 'rtmdet/rtmdet-ins_tiny_8xb32-300e_coco.py'),
+    ('RTMDet-Ins', 'rtmdet/rtmdet-ins_tiny_8xb32-300e_coco.py', (128, 128)),
     ('Sparse R-CNN', 'sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py', (64, 64), True),
 ]
 CLS = [
