@@ -1,5 +1,6 @@
 """Full-model files as mmdet 2.28 and mmseg 0.27 wrote them, by every way into the models of today."""
 
+import copy
 import functools
 import re
 from pathlib import Path
@@ -35,7 +36,7 @@ def detector_config(arch='a', width=256, fc=1024, classes=80):
     """Cascade Mask R-CNN with the published heads, on mmdet's own config."""
     mmdet = pytest.importorskip('mmdet.models')
     folder = Path(mmdet.__file__).parents[1] / '.mim' / 'configs' / 'cascade_rcnn'
-    cfg = read(folder / 'cascade-mask-rcnn_r50_fpn_1x_coco.py').copy()
+    cfg = copy.deepcopy(read(folder / 'cascade-mask-rcnn_r50_fpn_1x_coco.py'))
     norm = dict(type='SyncBN')
     cfg.model.backbone = dict(type='UniRepLKNet', arch=arch, norm_cfg=norm)
     cfg.model.neck.update(in_channels=[VARIANTS[arch][1] * 2**i for i in range(4)], out_channels=width)
@@ -54,7 +55,7 @@ def detector_config(arch='a', width=256, fc=1024, classes=80):
 
 def segmentor_config(arch='a', width=512, auxiliary=256, classes=150):
     pytest.importorskip('mmseg.models')
-    cfg = read(CONFIGS / f'upernet_unireplknet_{arch}_ade20k.py').copy()
+    cfg = copy.deepcopy(read(CONFIGS / f'upernet_unireplknet_{arch}_ade20k.py'))
     cfg.model.backbone.init_cfg = None
     cfg.model.decode_head.update(channels=width, num_classes=classes)
     cfg.model.auxiliary_head.update(channels=auxiliary, num_classes=classes)
