@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mmengine.dataset import Compose
 
-from .files import unreadable
-
 __all__ = ['NamingCompose', 'SampleError', 'name_samples']
-
-JPEG_START, JPEG_END = b'\xff\xd8', b'\xff\xd9'
-TAIL = 1024  # bytes in which a whole JPEG ends; some cameras append a little
 
 
 class SampleError(RuntimeError):
@@ -32,8 +25,8 @@ class SampleError(RuntimeError):
 class NamingCompose(Compose):
     """A pipeline like ``pipeline``, sharing its transforms, whose errors are a ``SampleError``.
 
-    It also stops at what the transforms of mm* let pass: a JPEG that was cut off (OpenCV fills in grey) and labels of
-    another size than the image (masks are scaled, boxes misplaced).
+    It also stops at what the transforms of mm* let pass: labels of another size than the image, of which masks would
+    be scaled and boxes misplaced.
 
     Args:
         pipeline: the pipeline of a data set.
@@ -92,9 +85,6 @@ def _describe(data: Mapping[str, Any]) -> str:
 def _fault(data: Mapping[str, Any], before: frozenset[str]) -> str | None:
     """What is wrong with the image or the mask that the last transform brought."""
     if 'img' in data and 'img' not in before:
-        path = data.get('img_path')
-        if isinstance(path, (str, os.PathLike)) and _cut_off(Path(path)) and (reason := unreadable(Path(path))):
-            return f'is cut off: {reason}; fetch it again, or remove it from the data set'
         listed = data.get('height'), data.get('width')
         size = tuple(data['img'].shape[:2])
         if 'instances' in data and None not in listed and listed != size:
@@ -107,14 +97,3 @@ def _fault(data: Mapping[str, Any], before: frozenset[str]) -> str | None:
         if mask != size:
             return f'has a mask of {mask[0]} by {mask[1]} pixels, but is {size[0]} by {size[1]}; write it for the image'
     return None
-
-
-def _cut_off(path: Path) -> bool:
-    """Whether a JPEG has no end. That alone is no fault: some programs leave it out."""
-    if path.suffix.lower() not in ('.jpg', '.jpeg') or not path.is_file():
-        return False
-    with path.open('rb') as file:
-        if file.read(2) != JPEG_START:
-            return False
-        file.seek(-min(TAIL, path.stat().st_size), os.SEEK_END)
-        return JPEG_END not in file.read()
