@@ -77,12 +77,23 @@ def config(file, root, **more):
             ),
         )
 
-    backbone = dict(_delete_=True, type='UniRepLKNet', arch=ARCH)
-    heads = {name: dict(num_classes=len(NAMES)) for name in ('bbox_head', 'mask_head')}
+    width = 16
+    roi_head = dict(
+        bbox_roi_extractor=dict(out_channels=width),
+        mask_roi_extractor=dict(out_channels=width),
+        bbox_head=dict(num_classes=len(NAMES), in_channels=width, fc_out_channels=width),
+        mask_head=dict(num_classes=len(NAMES), in_channels=width, conv_out_channels=width, num_convs=1),
+    )
+    model = dict(
+        backbone=dict(_delete_=True, type='UniRepLKNet', arch=ARCH),
+        neck=dict(in_channels=list(ARCH['dims']), out_channels=width),
+        rpn_head=dict(in_channels=width, feat_channels=width),
+        roi_head=roi_head,
+    )
     values = dict(
         custom_imports=dict(imports=['mmunireplknet']),
         default_scope='mmdet',
-        model=dict(backbone=backbone, neck=dict(in_channels=list(ARCH['dims'])), roi_head=heads),
+        model=model,
         train_dataloader=loader('train2017', filter_cfg=dict(filter_empty_gt=True)),
         train_cfg=dict(type='IterBasedTrainLoop', max_iters=2, val_interval=100),
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-4)),
@@ -90,6 +101,7 @@ def config(file, root, **more):
             checkpoint=dict(type='CheckpointHook', interval=1, by_epoch=False, max_keep_ckpts=1),
             logger=dict(type='LoggerHook', interval=1),
         ),
+        visualizer=dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]),
         randomness=dict(seed=0),
     )
     values.update(more)

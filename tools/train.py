@@ -54,16 +54,19 @@ def main() -> None:
         cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
     except FileNotFoundError as error:
         sys.exit(str(error))
-    look = wrong_data_message if is_first_process() else missing_data_message
-    for loader in ('train_dataloader', 'val_dataloader'):
-        if cfg.get(loader) and (message := look(cfg[loader].dataset)):
+    notes: list[str] = []
+    for data in [cfg[name].dataset for name in ('train_dataloader', 'val_dataloader') if cfg.get(name)]:
+        if message := wrong_data_message(data, notes) if is_first_process() else missing_data_message(data):
             sys.exit(message)
     check_work_dir(cfg)
     try:
         prepare_training(cfg, args.resume, args.amp, args.auto_scale_lr, args.seed, args.deterministic)
     except ValueError as error:
         sys.exit(str(error))
-    build_runner(cfg).train()
+    runner = build_runner(cfg)
+    for note in notes:
+        runner.logger.warning(note)
+    runner.train()
     leave_process_group()
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from mmengine.logging import print_log
 
 from . import ade20k, coco, imagenet
 from .annotations import Findings, check_annotations
@@ -40,13 +37,12 @@ def missing_data_message(dataset: str | os.PathLike[str] | Mapping[str, Any] | N
     return None
 
 
-def wrong_data_message(dataset: Mapping[str, Any] | None) -> str | None:
+def wrong_data_message(dataset: Mapping[str, Any] | None, notes: list[str] | None = None) -> str | None:
     """What is missing of a data set, or else what is wrong with its annotation file in COCO's format; None if nothing.
-
-    What mmdet passes over without a word, such as a box of no size, is logged in a sentence for each kind.
 
     Args:
         dataset: as for ``missing_data_message``.
+        notes: takes a sentence for each kind of thing that mmdet passes over without a word, such as a box of no size.
 
     Returns:
         One sentence, or None.
@@ -65,8 +61,8 @@ def wrong_data_message(dataset: Mapping[str, Any] | None) -> str | None:
             return _first_fault(found, folder)
         if not found.usable and (cfg.get('filter_cfg') or {}).get('filter_empty_gt'):
             return f'{file} has no image with a box of a class of the config; name its classes in metainfo, or fill it.'
-        for note in found.notes:
-            print_log(note, logger='current', level=logging.WARNING)
+        if notes is not None:
+            notes += found.notes
     return None
 
 

@@ -61,10 +61,10 @@ class NonFiniteLossHook(Hook):
         if not self.every_n_train_iters(runner, self.interval) or not outputs:
             return
         # The sum is not finite where a term is not.
-        losses = {'loss': outputs['loss']} if 'loss' in outputs else _losses(outputs)
-        if all(math.isfinite(float(value)) for value in losses.values()):
+        looked_at = {'loss': outputs['loss']} if 'loss' in outputs else outputs
+        if all(math.isfinite(value) for value in _scalars(looked_at).values()):
             return
-        bad = [f'{name} {float(value)}' for name, value in _losses(outputs).items() if not math.isfinite(float(value))]
+        bad = [f'{name} {value}' for name, value in _scalars(outputs).items() if not math.isfinite(value)]
         images = few(_images(data_batch), 4)
         raise NonFiniteLossError(
             f'the loss of iteration {runner.iter + 1} is not finite ({few(bad)}){f" for {images}" if images else ""}: '
@@ -88,13 +88,11 @@ class NonFiniteLossHook(Hook):
             raise NonFiniteLossError(f'the weights are not finite ({few(bad)}) and are not saved: {_advice(runner)}')
 
 
-def _losses(outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The scalars among ``outputs``."""
-    return {
-        name: value
-        for name, value in outputs.items()
-        if isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
-    }
+def _scalars(outputs: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among ``outputs``."""
+    tensors = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor) and value.numel() == 1}
+    numbers = {name: float(value) for name, value in outputs.items() if isinstance(value, (int, float))}
+    return {name: value.item() for name, value in tensors.items()} | numbers
 
 
 def _images(batch: Any) -> list[str]:
