@@ -212,6 +212,8 @@ def _use_cpu_processes(cfg: Config) -> None:
     os.environ.setdefault('LOCAL_RANK', '0')
     wrapper = cfg.get('model_wrapper_cfg') or ConfigDict(type='MMDistributedDataParallel')
     cfg.model_wrapper_cfg = ConfigDict({**wrapper, 'device_ids': None})
+    if sharded := cfg.get('strategy', {}).get('model_wrapper'):  # FSDP would take the rank for a CUDA device
+        sharded.device_id = torch.device('cpu')
     _replace_sync_bn(cfg.model)
 
 
