@@ -2,12 +2,13 @@
 
 import math
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import BaseModel
+from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner import Runner
@@ -147,3 +148,23 @@ def test_the_images_are_named():
         hook.after_train_iter(runner, 0, [1], dict(loss_gan=torch.tensor(math.inf), other=1.0))
     hook.after_train_iter(runner, 0, None, dict(loss=torch.tensor(1.0)))
     hook.after_train_iter(runner, 0, None, None)
+
+
+def _train_as_one_of_two(rank, store, work_dir):
+    torch.distributed.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = MMDistributedDataParallel(module=Model(3 if rank else 99))
+    with pytest.raises((NonFiniteLossError, RuntimeError)) as caught:  # the other one loses its connection
+        train(Path(work_dir), model, save_every=1)
+    if isinstance(caught.value, NonFiniteLossError):
+        Path(work_dir, f'message_{rank}').write_text(str(caught.value))
+
+
+@pytest.mark.slow
+def test_a_loss_of_another_process(tmp_path):
+    """The third step of process 1 is bad; process 0, whose own loss is fine, is to save the weights after it."""
+    torch.multiprocessing.spawn(_train_as_one_of_two, (str(tmp_path / 'store'), str(tmp_path / 'run')), nprocs=2)
+    assert 'the loss of iteration 3' in (tmp_path / 'run/message_1').read_text()
+    assert 'the weights are not finite' in (tmp_path / 'run/message_0').read_text()
+    assert [path.name for path in (tmp_path / 'run').glob('*.pth')] == ['iter_2.pth']
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / 'run/iter_2.pth').values())
