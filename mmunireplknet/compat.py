@@ -140,6 +140,10 @@ def needs_standard_operators() -> bool:
     if torch.jit.is_tracing():
         return True
     if torch.compiler.is_compiling():  # torch below 2.7 has no is_exporting
-        return bool(getattr(torch.compiler, 'is_exporting', lambda: False)())
-    transforming = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    return transforming or torch.onnx.is_in_onnx_export()
+        return _is_transforming() or bool(getattr(torch.compiler, 'is_exporting', lambda: False)())
+    return _is_transforming() or torch.onnx.is_in_onnx_export()
+
+
+@torch.compiler.assume_constant_result  # dynamo enters the transforms that it traces, but cannot trace the question
+def _is_transforming() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0

@@ -379,3 +379,17 @@ def test_nvcc_must_be_of_the_major_version_of_torch(
     nvcc.chmod(0o755)
     monkeypatch.setenv('CUDA_HOME', str(tmp_path))
     assert make_env.nvcc_fits(cuda) == fits
+
+
+def test_make_clean(tmp_path: Path) -> None:
+    """What builds and test runs leave behind goes; sources and environments stay."""
+    ops = 'mmunireplknet/ops'
+    goes = [f'{ops}/a.so', f'{ops}/a.so.1.partial', f'{ops}/__pycache__/a.pyc', 'build/lib/a.py', 'dist/a.whl']
+    goes += [f'{name}/a' for name in ('a.egg-info', '.pytest_cache', '.mypy_cache', '.ruff_cache', '.hypothesis')]
+    stays = [f'{ops}/a.py', '.venv/lib/__pycache__/a.pyc', '.venv-openmmlab/a.so', 'Makefile']
+    for name in (*goes, *stays):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    shutil.copy(ROOT / 'Makefile', tmp_path)
+    subprocess.run(['make', 'clean'], cwd=tmp_path, check=True, capture_output=True)
+    assert {str(file.relative_to(tmp_path)) for file in tmp_path.rglob('*') if file.is_file()} == set(stays)

@@ -234,6 +234,12 @@ def _replace_sync_bn(node: Any) -> None:
             _replace_sync_bn(child)
 
 
+def _class_name(cfg: Mapping[str, Any]) -> str:
+    """Name of the class that a config builds, which ``type`` names with its scope or without, or is."""
+    kind = cfg.get('type', '')
+    return getattr(kind, '__name__', str(kind)).rpartition('.')[2]
+
+
 def check_tta(cfg: Config) -> None:
     """Make sure that ``cfg`` says what test-time augmentation is; a classifier's default is a flip, as in mmpretrain.
 
@@ -268,7 +274,7 @@ def evaluate(cfg: Config, checkpoint: str, deploy: bool = False, tta: bool = Fal
     """
     cfg.load_from, cfg.resume = None, False
     # The state_dict of a checkpoint holds the averaged weights; EMAHook would swap parameters by position.
-    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook.get('type') != 'EMAHook']
+    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if _class_name(hook) != 'EMAHook']
     if tta:
         check_tta(cfg)
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline

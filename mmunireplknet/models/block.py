@@ -23,6 +23,7 @@ from .norms import (
     gamma_of,
     is_hooked,
     is_plain_bn,
+    is_watched,
     statistics_of,
     update_running_statistics,
 )
@@ -112,7 +113,8 @@ class UniRepLKNetBlock(BaseModule):
         types = [type(layer) for layer in (layers if self.deploy else layers[:-1])]
         if types != FUSED_LAYERS or layers[5].approximate != 'none' or type(self.drop_path) not in DROP_PATHS:
             return False  # somebody has put another one in its place
-        if any(is_hooked(m) for m in (self.norm, self.pwconv1, self.act, self.pwconv2, self.drop_path, *layers)):
+        layers += [self.norm, self.pwconv1, self.act, self.pwconv2, self.drop_path]
+        if is_watched() or any(is_hooked(layer) for layer in layers):
             return False
         return self.deploy or (is_plain_bn(self.norm) and is_plain_bn(self.pwconv2[2]))
 
@@ -129,7 +131,9 @@ class UniRepLKNetBlock(BaseModule):
             one, zero = y.new_ones(y.shape[-1]), y.new_zeros(y.shape[-1])
             return pointwise.gate(y, one, zero, pointwise.Statistics(0.0, zero, one), down, up)[0]
         norm = cast(_BatchNorm, self.norm)
-        y, mean, var, count = pointwise.gate(y, gamma_of(norm), beta_of(norm), statistics_of(norm), down, up)
+        y, mean, var, count = pointwise.gate(
+            y, gamma_of(norm, y.device), beta_of(norm, y.device), statistics_of(norm), down, up
+        )
         update_running_statistics([norm], [mean], [var], count)
         return y
 
@@ -144,16 +148,21 @@ class UniRepLKNetBlock(BaseModule):
 
     def _finish(self, x: Tensor, y: Tensor) -> Tensor:
         """``x + drop_path(gamma * norm(y))``, for y (N, H, W, C)."""
-        scale = self.drop_path(x.new_ones(len(x), 1, 1, 1))
+        scale = self.drop_path(x.new_ones(len(x), 1, 1, 1, dtype=torch.float32))  # 1 / keep would be rounded
         if self.deploy:
-            y = (y * scale if self.training else y).permute(0, 3, 1, 2)
+            y = ((y * scale).to(y.dtype) if self.training else y).permute(0, 3, 1, 2)
             return x + y if torch.is_grad_enabled() else y.add_(x)
         norm = cast(_BatchNorm, self.pwconv2[2])
-        scale = scale.flatten(1).float().expand(-1, x.shape[1])
+        scale = scale.flatten(1).expand(-1, x.shape[1])
         if self.gamma is not None:
             scale = scale * self.gamma
         y, mean, var, count = pointwise.normalize(
-            y, gamma_of(norm), beta_of(norm), statistics_of(norm), scale, x.permute(0, 2, 3, 1)
+            y,
+            gamma_of(norm, y.device),
+            beta_of(norm, y.device),
+            statistics_of(norm),
+            scale,
+            x.permute(0, 2, 3, 1),
         )
         update_running_statistics([norm], [mean], [var], count)
         return y.permute(0, 3, 1, 2)

@@ -9,11 +9,12 @@ import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .. import compat
 from ..ops import DepthwiseConv2d, depthwise_conv2d, dilated_reparam_conv, merge_branches
 from .layers import LayerNorm2d
-from .norms import beta_of, gamma_of, is_hooked, is_plain_bn, process_group_of, update_running_statistics
+from .norms import beta_of, gamma_of, is_hooked, is_plain_bn, is_watched, process_group_of, update_running_statistics
 from .reparam import check_foldable, float64, norm_scale
 
 __all__ = [
@@ -115,6 +116,8 @@ class DilatedReparamBlock(BaseModule):
     batch, and as one convolution with the merged kernel with the running ones. Without gradients that kernel is kept
     until a weight changes or ``train()`` or ``eval()`` is called; a change behind autograd's back (through ``.data``)
     counts from that call on. Hooks on the layers inside, other norms, tracing and export get the layers one by one.
+    In several processes with SyncBN that must hold in all of them or in none: one all-reduce serves all branches, and
+    one branch after the other takes one each.
 
     Args:
         dim: Channels C.
@@ -179,11 +182,17 @@ class DilatedReparamBlock(BaseModule):
     @staticmethod
     def _statistics(layers: list[tuple[nn.Conv2d, nn.Module]]) -> str:
         """'batch' or 'running', whichever all norms use; '' where the layers cannot be computed together."""
+        if is_watched():
+            return ''
         for conv, norm in layers:
             if type(conv) is not DepthwiseConv2d or not is_plain_bn(norm) or is_hooked(conv) or is_hooked(norm):
                 return ''
-        uses_batch = {norm.training or cast(_BatchNorm, norm).running_mean is None for _, norm in layers}
-        return '' if len(uses_batch) > 1 else 'batch' if uses_batch.pop() else 'running'
+        norms = [cast(_BatchNorm, norm) for _, norm in layers]
+        uses_batch = {norm.training or norm.running_mean is None for norm in norms}
+        groups = [process_group_of(norm) for norm in norms]
+        if len(uses_batch) > 1 or any(group is not groups[0] for group in groups):
+            return ''
+        return 'batch' if uses_batch.pop() else 'running'
 
     def _forward_batch(self, x: Tensor, layers: list[tuple[nn.Conv2d, nn.Module]]) -> Tensor:
         convs, norms = [conv for conv, _ in layers], [cast(_BatchNorm, norm) for _, norm in layers]
@@ -191,8 +200,8 @@ class DilatedReparamBlock(BaseModule):
             x,
             [conv.weight for conv in convs],
             [conv.dilation[0] for conv in convs],
-            [gamma_of(norm) for norm in norms],
-            [beta_of(norm) for norm in norms],
+            [gamma_of(norm, x.device) for norm in norms],
+            [beta_of(norm, x.device) for norm in norms],
             [norm.eps for norm in norms],
             process_group_of(norms[0]),
             cast(DepthwiseConv2d, self.lk_origin).backend,
@@ -202,16 +211,17 @@ class DilatedReparamBlock(BaseModule):
 
     def _forward_merged(self, x: Tensor, layers: list[tuple[nn.Conv2d, nn.Module]]) -> Tensor:
         backend = cast(DepthwiseConv2d, self.lk_origin).backend
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return depthwise_conv2d(x, *_merge(layers), backend=backend)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+            return depthwise_conv2d(x, *_merge(layers), backend=backend)  # of a mode, it might not be what it seems
         tensors = [t for conv, norm in layers for t in (conv.weight, *norm.parameters(), *norm.buffers())]
         if any(t.is_inference() for t in tensors):  # they do not count their changes
             return depthwise_conv2d(x, *_merge(layers), backend=backend)
         key = [*((t._version, t.data_ptr()) for t in tensors), *(cast(_BatchNorm, norm).eps for _, norm in layers)]
-        if self._kept is None or self._kept[0] != key:
+        kept = self._kept  # read once: another thread may change it
+        if kept is None or kept[0] != key:
             # The aliases hold the memory, so that no other tensor comes to lie at its address.
-            self._kept = (key, [t.detach() for t in tensors], *_merge(layers))
-        return depthwise_conv2d(x, *self._kept[2:], backend=backend)
+            self._kept = kept = (key, [t.detach() for t in tensors], *_merge(layers))
+        return depthwise_conv2d(x, *kept[2:], backend=backend)
 
     def merged(self) -> tuple[Tensor, Tensor]:
         """Kernel (C, 1, K, K) and bias (C,), float64 on the CPU, of the one equivalent convolution.
@@ -250,9 +260,11 @@ class DilatedReparamBlock(BaseModule):
 def _merge(layers: list[tuple[nn.Conv2d, nn.Module]]) -> tuple[Tensor, Tensor]:
     """Kernel (C, 1, K, K) and bias (C,) of the one convolution that all branches are with their running statistics."""
     norms = [cast(_BatchNorm, norm) for _, norm in layers]
-    scales = [gamma_of(norm) * torch.rsqrt(cast(Tensor, norm.running_var) + norm.eps) for norm in norms]
+    device = layers[0][0].weight.device
+    scales = [gamma_of(norm, device) * torch.rsqrt(cast(Tensor, norm.running_var) + norm.eps) for norm in norms]
     shifts = [
-        beta_of(norm) - cast(Tensor, norm.running_mean) * scale for norm, scale in zip(norms, scales, strict=True)
+        beta_of(norm, device) - cast(Tensor, norm.running_mean) * scale
+        for norm, scale in zip(norms, scales, strict=True)
     ]
     weights = [conv.weight for conv, _ in layers]
     return merge_branches(weights, [conv.dilation[0] for conv, _ in layers], scales), torch.stack(shifts).sum(0)

@@ -10,31 +10,17 @@ import torch.distributed as dist
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.module_tracker import ModuleTracker
 
+from ..ops.moments import share_moments, var_mean
 from ..ops.pointwise import Statistics
 
 __all__ = [
-    'FrozenRunningStatistics', 'SyncBatchNorm', 'beta_of', 'gamma_of', 'is_hooked', 'is_plain_bn', 'process_group_of',
-    'statistics_of', 'update_running_statistics',
+    'FrozenRunningStatistics', 'SyncBatchNorm', 'beta_of', 'gamma_of', 'is_hooked', 'is_plain_bn', 'is_watched',
+    'process_group_of', 'statistics_of', 'update_running_statistics',
 ]  # fmt: skip
-
-
-class _AllReduceSum(torch.autograd.Function):
-    """Sum over the processes, forward and backward; on every backend, gloo included."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group = group
-        value = value.clone()
-        dist.all_reduce(value, group=group)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
 
 
 @MODELS.register_module('DeviceAgnosticSyncBN')
@@ -65,23 +51,18 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` (N, C, ...) with the statistics of all processes."""
-        if not self.training or process_group_of(self) is None:
+        if process_group_of(self) is None:
             return super().forward(x)
         return nn.SyncBatchNorm.forward(cast(Any, self), x) if x.is_cuda else self._forward_synchronised(x)
 
     def _forward_synchronised(self, x: Tensor) -> Tensor:
         dims = [d for d in range(x.dim()) if d != 1]
         dtype = torch.promote_types(x.dtype, torch.float32)
-        values = x.to(dtype)
-        # float64 for what crosses the processes: E[x^2] - E[x]^2 cancels in float32.
-        local_var, local_mean = (s.double() for s in torch.var_mean(values, dims, correction=0))
-        count = local_mean.new_full((1,), x.numel() // x.size(1))
-        packed = torch.cat([local_mean * count, (local_var + local_mean.square()) * count, count])
-        packed = _AllReduceSum.apply(packed, self.process_group)
-        total = packed[-1].detach()
-        mean, square = packed[:-1].div(total).chunk(2)
-        var = (square - mean.square()).clamp_min(0)
-        update_running_statistics([self], [mean.detach()], [var.detach()], total)
+        values, count = x.to(dtype), x.numel() // x.size(1)
+        var, mean = var_mean(values, dims)
+        mean, var, total = share_moments(mean, var, count, self.process_group)
+        # Rounded as the fused operators do: in a process without values the layer may stand beside them.
+        update_running_statistics([self], [mean.detach().to(dtype)], [var.detach().to(dtype)], total)
         shape = [1, -1] + [1] * (x.dim() - 2)
         scale = torch.rsqrt(var + self.eps)
         shift = -mean * scale
@@ -92,7 +73,7 @@ class SyncBatchNorm(_BatchNorm):
 
 @torch.no_grad()
 def update_running_statistics(
-    norms: Sequence[_BatchNorm], means: Sequence[Tensor], variances: Sequence[Tensor], count: Tensor | int
+    norms: Sequence[_BatchNorm], means: Sequence[Tensor], variances: Sequence[Tensor], count: int
 ) -> None:
     """Update the running statistics of BN layers as their own forward passes do.
 
@@ -100,15 +81,18 @@ def update_running_statistics(
         norms: Layers; those in evaluation, or without running statistics, are left alone.
         means: (C,) each, of the batch.
         variances: (C,) each, of the batch, biased.
-        count: From how many values a channel.
+        count: From how many values a channel; of 0 there is nothing to learn, but the batch is counted.
     """
-    unbiased = float(count) / max(float(count) - 1, 1)
+    unbiased = count / max(count - 1, 1)
     groups: dict[float, list[tuple[Any, Tensor, Tensor]]] = {}
     for norm, mean, var in zip(norms, means, variances, strict=True):
-        if norm.training and norm.running_mean is not None:
-            tracked = cast(Tensor, norm.num_batches_tracked).add_(1)
-            factor = 1.0 / float(tracked) if norm.momentum is None else norm.momentum
-            groups.setdefault(factor, []).append((norm, mean.to(norm.running_mean.dtype), var * unbiased))
+        if norm.training and norm.track_running_stats and norm.running_mean is not None:
+            tracked = None if norm.num_batches_tracked is None else norm.num_batches_tracked.add_(1)
+            factor = norm.momentum
+            if factor is None:
+                factor = 0.0 if tracked is None else 1.0 / float(tracked)
+            if count:
+                groups.setdefault(factor, []).append((norm, mean.to(norm.running_mean.dtype), var * unbiased))
     for factor, group in groups.items():
         torch._foreach_lerp_([norm.running_mean for norm, *_ in group], [mean for _, mean, _ in group], factor)
         torch._foreach_lerp_(
@@ -140,9 +124,24 @@ class FrozenRunningStatistics:
 
 
 def is_hooked(layer: nn.Module) -> bool:
-    """Whether somebody wants to see what goes through ``layer``."""
+    """Whether somebody wants to see what goes through ``layer``, or has given this one another ``forward``."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return any(hooks)
+    return any(hooks) or 'forward' in vars(layer)
+
+
+def is_watched() -> bool:
+    """Whether somebody wants to see what goes through every layer of the process.
+
+    ``FlopCounterMode`` does, by a ``ModuleTracker``, but for their names only: it counts what is computed otherwise.
+    """
+    kinds = (
+        modules._global_forward_hooks,
+        modules._global_forward_pre_hooks,
+        modules._global_backward_hooks,
+        modules._global_backward_pre_hooks,
+    )
+    hooks = (hook for kind in kinds for hook in kind.values())
+    return any(not isinstance(getattr(hook, '__self__', None), ModuleTracker) for hook in hooks)
 
 
 def is_plain_bn(norm: nn.Module) -> bool:
@@ -151,23 +150,19 @@ def is_plain_bn(norm: nn.Module) -> bool:
     return isinstance(norm, _BatchNorm) and (type(norm) in known or type(norm).__name__ == '_BatchNormXd')
 
 
-def gamma_of(norm: _BatchNorm) -> Tensor:
-    """Scale (C,) of ``norm``, ones where it has none."""
-    return norm.weight if norm.affine else torch.ones(norm.num_features, device=_device_of(norm))
+def gamma_of(norm: _BatchNorm, device: torch.device) -> Tensor:
+    """Scale (C,) of ``norm``, ones on ``device`` where it has none."""
+    return torch.ones(norm.num_features, device=device) if norm.weight is None else norm.weight
 
 
-def beta_of(norm: _BatchNorm) -> Tensor:
-    """Shift (C,) of ``norm``, zeros where it has none."""
-    return norm.bias if norm.affine else torch.zeros(norm.num_features, device=_device_of(norm))
-
-
-def _device_of(norm: _BatchNorm) -> torch.device | None:
-    return None if norm.running_mean is None else norm.running_mean.device
+def beta_of(norm: _BatchNorm, device: torch.device) -> Tensor:
+    """Shift (C,) of ``norm``, zeros on ``device`` where it has none."""
+    return torch.zeros(norm.num_features, device=device) if norm.bias is None else norm.bias
 
 
 def process_group_of(norm: _BatchNorm) -> dist.ProcessGroup | None:
-    """The processes that ``norm``, in training, takes its statistics over; None for this one alone."""
-    if not isinstance(norm, nn.SyncBatchNorm | SyncBatchNorm):
+    """The processes that ``norm`` takes its statistics over now; None for this one alone, as always in evaluation."""
+    if not norm.training or not isinstance(norm, nn.SyncBatchNorm | SyncBatchNorm):
         return None
     if not (dist.is_available() and dist.is_initialized()):
         if not SyncBatchNorm._told:
@@ -181,5 +176,5 @@ def process_group_of(norm: _BatchNorm) -> dist.ProcessGroup | None:
 def statistics_of(norm: _BatchNorm) -> Statistics:
     """What ``norm`` normalizes with now: the batch in training, or its running statistics."""
     if norm.training or norm.running_mean is None:
-        return Statistics(norm.eps, group=process_group_of(norm) if norm.training else None)
+        return Statistics(norm.eps, group=process_group_of(norm))
     return Statistics(norm.eps, norm.running_mean, norm.running_var)

@@ -13,7 +13,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from . import reference
+from .self_check import self_check
 
 __all__ = ['BACKENDS', 'choose', 'require', 'suits_cpp', 'why_not']
 
@@ -45,35 +45,12 @@ def _why_not_cpp() -> str:
         torch.ops.load_library(str(file))
         for name in ('forward', 'weight_grad', 'block_forward', 'block_backward', 'apply', 'grad', 'sums'):
             torch.library.register_fake(f'mmuni_cpu::{name}', lambda *_: None)  # they write into what they are given
-        problem = _self_check()
+        problem = self_check()
     except (OSError, RuntimeError) as error:
         problem = f'{file} does not work: {error}'
     if problem:
         warnings.warn(f'mmunireplknet: the compiled CPU kernels are not used: {problem}', stacklevel=2)
     return problem
-
-
-def _self_check() -> str:
-    """Compare the kernels with torch's on a small case; what is wrong, or nothing."""
-    generator = torch.Generator().manual_seed(0)
-    for kernel, dilation, shape in ((13, 1, (2, 19, 9, 20)), (3, 4, (1, 3, 17, 8))):
-        x, grad = (torch.randn(shape, generator=generator) for _ in range(2))
-        weight = torch.randn(shape[1], 1, kernel, kernel, generator=generator)
-        out, grad_x, grad_weight = torch.empty_like(x), torch.empty_like(x), torch.empty_like(weight)
-        cpp = torch.ops.mmuni_cpu
-        cpp.forward(x, weight, None, out, kernel, dilation, False)
-        cpp.forward(grad, weight, None, grad_x, kernel, dilation, True)
-        cpp.weight_grad(x, grad, grad_weight, kernel, dilation)
-        pairs = {
-            'forward': (out, reference.convolve(x.double(), weight.double(), None, dilation)),
-            'input gradient': (grad_x, reference.input_grad(grad.double(), weight.double(), dilation)),
-            'weight gradient': (grad_weight, reference.weight_grad(x.double(), grad.double(), kernel, dilation)),
-        }
-        for name, (mine, exact) in pairs.items():
-            error = float((mine - exact).norm() / exact.norm())
-            if not error < 1e-5:
-                return f'their {name} is off by {error:.1e} on this machine ({cpp.capability()}).'
-    return ''
 
 
 def require(backend: str) -> None:

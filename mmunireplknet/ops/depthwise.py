@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import compat
 from . import backends, reference
+from .linear import autocast_device
 
 __all__ = ['DepthwiseConv2d', 'depthwise_conv2d']
 
@@ -25,9 +26,9 @@ def depthwise_conv2d(
 ) -> Tensor:
     """Depthwise convolution of stride 1 that keeps the size of the map.
 
-    The same as ``F.conv2d(x, weight, bias, padding=dilation * (K // 2), dilation=dilation, groups=C)``; while a model
-    is traced or exported it is just that. Sums are made in float32, for float64 maps in float64. Under autocast ``x``
-    is cast, the weight is not.
+    The same as ``F.conv2d(x, weight, bias, padding=dilation * (K // 2), dilation=dilation, groups=C)``. Sums are made
+    in float32, for float64 maps in float64. Under autocast ``x`` is cast, the weight is not. While a model is traced or
+    exported, and under torch.func, it is just that convolution, with the weight cast to the dtype of ``x``.
 
     Args:
         x: (N, C, H, W) in float32, float64, bfloat16 or float16, of any size and memory layout.
@@ -45,6 +46,12 @@ def depthwise_conv2d(
         RuntimeError: The backend that is asked for cannot be used here.
     """
     if compat.needs_standard_operators():
+        if not torch.jit.is_tracing():  # which takes every comparison of sizes for an operation on tensors
+            _check(x, weight, bias, dilation)
+        device = autocast_device(x)
+        if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         padding = dilation * (weight.shape[-1] // 2)
         return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=x.shape[1])
     _check(x, weight, bias, dilation)
@@ -83,9 +90,17 @@ _library.define(
 )
 
 
+def _size_of_kernel(weight: Tensor) -> int:
+    """K of a weight (C, 1, K, K): whoever calls the operators themselves gets no other check."""
+    *_, height, width = weight.shape
+    if height != width or width % 2 == 0:
+        raise ValueError(f'weight {tuple(weight.shape)} must be (C, 1, K, K) with an odd K.')
+    return width
+
+
 @torch.library.impl(_library, 'depthwise_conv2d', 'CompositeExplicitAutograd')
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, backend: str) -> Tensor:
-    kernel = weight.shape[-1]
+    kernel = _size_of_kernel(weight)
     if not x.numel():
         return torch.empty_like(x)
     if backends.choose(backend, x, kernel) != 'cpp':
@@ -98,7 +113,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, back
 
 @torch.library.impl(_library, 'depthwise_conv2d_input_grad', 'CompositeExplicitAutograd')
 def _input_grad(grad: Tensor, weight: Tensor, dilation: int, backend: str) -> Tensor:
-    kernel = weight.shape[-1]
+    kernel = _size_of_kernel(weight)
     if not grad.numel():
         return torch.empty_like(grad)
     if backends.choose(backend, grad, kernel) != 'cpp':

@@ -22,7 +22,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import backends
 from .depthwise import _library, _tags
-from .linear import autocast_device, without_autocast
+from .linear import autocast_device, once_differentiable, without_autocast
+from .moments import share_moments, sum_over_processes, var_mean
 
 __all__ = ['dilated_reparam_conv', 'merge_branches']
 
@@ -46,7 +47,7 @@ def dilated_reparam_conv(
     Args:
         x: (N, C, H, W); under autocast it is cast.
         weights: One (C, 1, K, K) a branch, K odd; the first is the largest.
-        dilations: One a branch.
+        dilations: One a branch, of the first 1.
         gammas: One (C,) a branch.
         betas: One (C,) a branch.
         eps: One a branch.
@@ -59,13 +60,14 @@ def dilated_reparam_conv(
         channel they were taken from.
 
     Raises:
-        ValueError: Fewer than two values a channel, of which no variance can be taken.
+        ValueError: Arguments that do not fit; or there is one value a channel in all processes, of which no variance
+            can be taken. (None at all gives an empty map.)
     """
+    _check(x, weights, dilations, gammas, betas, eps)
     device = autocast_device(x)
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
-    group_size = 1 if process_group is None else dist.get_world_size(process_group)
-    if x.shape[0] * x.shape[2] * x.shape[3] * group_size < 2:
+    if process_group is None and x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(f'Expected more than 1 value per channel when training, got input size {tuple(x.shape)}.')
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight = torch.cat([w.flatten() for w in weights]).to(dtype)
@@ -73,6 +75,38 @@ def dilated_reparam_conv(
     kernels = [w.shape[-1] for w in weights]
     with torch.autocast(device, enabled=False):
         return _DilatedReparam.apply(x, weight, gamma, beta, kernels, [*dilations], [*eps], process_group, backend)
+
+
+def _check(
+    x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], gammas: Sequence[Tensor], betas: Sequence[Tensor],
+    eps: Sequence[float],
+) -> None:  # fmt: skip
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f'x must be a floating (N, C, H, W) map, got {x.dtype} {tuple(x.shape)}.')
+    counts = {
+        'weights': len(weights), 'dilations': len(dilations), 'gammas': len(gammas), 'betas': len(betas),
+        'eps': len(eps),
+    }  # fmt: skip
+    if len(set(counts.values())) > 1 or not weights:
+        given = ', '.join(f'{count} {name}' for name, count in counts.items())
+        raise ValueError(f'weights, dilations, gammas, betas and eps must have one entry for each branch, got {given}.')
+    c = x.shape[1]
+    for b, (weight, dilation) in enumerate(zip(weights, dilations, strict=True)):
+        kernel = weight.shape[-1] if weight.dim() == 4 else 0
+        if tuple(weight.shape) != (c, 1, kernel, kernel) or kernel % 2 == 0:
+            raise ValueError(f'weights[{b}] is {tuple(weight.shape)}: it must be ({c}, 1, K, K) with an odd K.')
+        if dilation < 1:
+            raise ValueError(f'dilations[{b}] is {dilation}: it must be at least 1.')
+    for name, tensors in (('gammas', gammas), ('betas', betas)):
+        for b, tensor in enumerate(tensors):
+            if tuple(tensor.shape) != (c,):
+                raise ValueError(f'{name}[{b}] is {tuple(tensor.shape)}: it must be ({c},).')
+    _check_first(dilations)
+
+
+def _check_first(dilations: Sequence[int]) -> None:
+    if dilations[0] != 1:
+        raise ValueError(f'dilations={[*dilations]} must begin with 1: the first branch is the dense large kernel.')
 
 
 def merge_branches(weights: Sequence[Tensor], dilations: Sequence[int], scales: Sequence[Tensor] | Tensor) -> Tensor:
@@ -84,8 +118,9 @@ def merge_branches(weights: Sequence[Tensor], dilations: Sequence[int], scales: 
         scales: (C,) each.
 
     Raises:
-        ValueError: A branch covers more than K.
+        ValueError: A branch covers more than K, or the first is dilated.
     """
+    _check_first(dilations)
     merged = weights[0] * scales[0].view(-1, 1, 1, 1)
     size = merged.shape[-1]
     for weight, dilation, scale in zip(weights[1:], dilations[1:], scales[1:], strict=True):
@@ -119,7 +154,8 @@ class _DilatedReparam(torch.autograd.Function):
             y, mean, var = torch.ops.mmuni.dilated_reparam_forward(x, weight, gamma, beta, *static)
         else:
             mean, var = torch.ops.mmuni.dilated_reparam_stats(x, weight, gamma.shape[0], *static)
-            mean, var, count = _share_statistics(mean, var, count, group)
+            mean, var, count = share_moments(mean, var, count, group)
+            mean, var = mean.to(gamma.dtype), var.to(gamma.dtype)
             scales = gamma * torch.rsqrt(var + var.new_tensor(eps)[:, None])
             merged = merge_branches(_split(weight, kernels), dilations, scales)
             y = torch.ops.mmuni.depthwise_conv2d(x, merged, beta - (scales * mean).sum(0), 1, backend)
@@ -129,7 +165,7 @@ class _DilatedReparam(torch.autograd.Function):
         return y, mean, var, count
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     @without_autocast
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
         x, weight, gamma, mean, var = ctx.saved_tensors
@@ -137,8 +173,7 @@ class _DilatedReparam(torch.autograd.Function):
         sums: tuple[Tensor | None, Tensor | None] = (None, None)
         if ctx.group is not None:
             local = torch.ops.mmuni.dilated_reparam_sums(*tensors, *ctx.static)
-            flat = torch.cat([t.flatten() for t in local])
-            dist.all_reduce(flat, group=ctx.group)
+            flat = sum_over_processes(torch.cat([t.flatten() for t in local]), ctx.group)
             sums = (flat[: gamma.numel()].view_as(gamma), flat[gamma.numel() :])
         grad_x, grad_weight, grad_gamma, grad_beta = torch.ops.mmuni.dilated_reparam_backward(
             *tensors, *sums, float(ctx.count), ctx.needs_input_grad[0], *ctx.static
@@ -147,17 +182,6 @@ class _DilatedReparam(torch.autograd.Function):
             # What the others contribute to these parameters, they hold themselves: DDP adds it.
             grad_gamma, grad_beta = local
         return (grad_x if ctx.needs_input_grad[0] else None, grad_weight, grad_gamma, grad_beta, *(None,) * 5)
-
-
-def _share_statistics(mean: Tensor, var: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, int]:
-    """Mean, biased variance and count over all processes, by one all-reduce."""
-    # float64 for what crosses the processes: E[x^2] - E[x]^2 cancels in float32.
-    means, squares = mean.double() * count, (var.double() + mean.double().square()) * count
-    packed = torch.cat([means.flatten(), squares.flatten(), means.new_tensor([count])])
-    dist.all_reduce(packed, group=group)
-    total = packed[-1]
-    means, squares = (packed[:-1] / total).view(2, *mean.shape)
-    return means.to(mean.dtype), (squares - means.square()).clamp_min(0).to(var.dtype), int(total)
 
 
 def _split(weight: Tensor, kernels: Sequence[int]) -> list[Tensor]:
@@ -184,7 +208,13 @@ for _schema in (
 
 
 def _is_compiled(x: Tensor, kernel: Sequence[int], backend: str) -> bool:
-    return backends.choose(backend, x, max(kernel)) == 'cpp' and len(kernel) <= _MAX_BRANCHES
+    chosen = backends.choose(backend, x, max(kernel))
+    return chosen == 'cpp' and len(kernel) <= _MAX_BRANCHES and x.numel() > 0
+
+
+def _widen(x: Tensor) -> Tensor:
+    """In the precision of the statistics on a CPU, which rounds the output of no branch; on others, as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if x.device.type == 'cpu' else x
 
 
 def _convolve(x: Tensor, weights: list[Tensor], dilation: Sequence[int], b: int, backend: str) -> Tensor:
@@ -202,11 +232,11 @@ def _forward(
     if _is_compiled(x, kernel, backend):
         torch.ops.mmuni_cpu.block_forward(x, kernel, dilation, eps, weight, gamma.contiguous(), beta, mean, var, y)
         return y, mean, var
-    weights = _split(weight, kernel)
+    weights, x = _split(weight, kernel), _widen(x)
     total: Tensor | float = 0.0
     for b in range(len(kernel)):
         z = _convolve(x, weights, dilation, b, backend)
-        var[b], mean[b] = torch.var_mean(z, (0, 2, 3), correction=0)
+        var[b], mean[b] = var_mean(z, [0, 2, 3])
         total = total + F.batch_norm(z, mean[b], var[b], gamma[b], beta if b == 0 else None, eps=eps[b])
     return y.copy_(total), mean, var
 
@@ -230,10 +260,10 @@ def _stats(
             x, kernel, dilation, eps, weight, torch.ones_like(mean), mean[0], mean, var, None
         )
         return mean, var
-    weights = _split(weight, kernel)
+    weights, x = _split(weight, kernel), _widen(x)
     for b in range(branches):
         z = _convolve(x, weights, dilation, b, backend)
-        var[b], mean[b] = torch.var_mean(z, (0, 2, 3), correction=0)
+        var[b], mean[b] = var_mean(z, [0, 2, 3])
     return mean, var
 
 
@@ -257,7 +287,7 @@ def _sums(
             sum_beta, False, 1.0,
         )  # fmt: skip
         return sum_gamma, sum_beta
-    weights = _split(weight, kernel)
+    weights, x = _split(weight, kernel), _widen(x)
     values = grad.to(gamma.dtype)
     for b in range(len(kernel)):
         z = _convolve(x, weights, dilation, b, backend)
@@ -292,13 +322,13 @@ def _backward(
         sum_gamma, sum_beta = _sums(grad, x, weight, gamma, mean, var, kernel, dilation, eps, backend)
     weights, grads = _split(weight, kernel), _split(grad_weight, kernel)
     ops, total = torch.ops.mmuni, torch.zeros_like(x, dtype=gamma.dtype) if needs_x else None
+    narrow, wide = _widen(x), x.to(gamma.dtype)
     centred = grad.to(gamma.dtype) - (sum_beta / count).view(-1, 1, 1)
     for b in range(len(kernel)):
-        z = _convolve(x, weights, dilation, b, backend)
+        z = _convolve(narrow, weights, dilation, b, backend)
         inverse = torch.rsqrt(var[b] + eps[b])
         slope = (sum_gamma[b] * inverse / count).view(-1, 1, 1)
         grad_z = (gamma[b] * inverse).view(-1, 1, 1) * (centred - slope * (z - mean[b].view(-1, 1, 1)))
-        wide = x.to(gamma.dtype)
         grads[b].copy_(ops.depthwise_conv2d_weight_grad(wide, grad_z, kernel[b], dilation[b], backend))
         if total is not None:
             total += ops.depthwise_conv2d_input_grad(grad_z, weights[b], dilation[b], backend)

@@ -1,8 +1,8 @@
 """The pointwise half of a block on the CPU: few passes over memory, and little kept for the backward pass.
 
-Both functions take (N, H, W, C) maps in contiguous memory and need the compiled kernels. Everything that depends on
-images and channels alone, (N, C), is computed here; what touches every pixel are the three kernels ``apply``, ``sums``
-and ``grad`` of ``csrc/cpu/pointwise.h``. Gradients are exact and cannot be differentiated again.
+The three functions take (N, H, W, C) maps in contiguous memory and need the compiled kernels. Everything that depends
+on images and channels alone, (N, C), is computed here; what touches every pixel are the three kernels ``apply``,
+``sums`` and ``grad`` of ``csrc/cpu/pointwise.h``. Gradients are exact and cannot be differentiated again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .linear import linear, product, without_autocast
+from .linear import linear, once_differentiable, product, without_autocast
+from .moments import share_moments, sum_over_processes
 
 __all__ = ['Statistics', 'gate', 'grn_mlp', 'normalize']
 
@@ -73,21 +74,22 @@ class _GrnMlp(torch.autograd.Function):
         shift = None if beta is None else beta.expand_as(scale)
         _apply(y, scale, shift, out=y)
         ctx.save_for_backward(x, hidden, norm, weight1, gamma, beta, weight2)
-        ctx.has_bias = bias1 is not None, bias2 is not None
         return linear(y.flatten(0, 2), weight2, bias2).view(*x.shape[:3], -1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple:
         x, hidden, norm, weight1, gamma, beta, weight2 = ctx.saved_tensors
-        grad = grad.contiguous().flatten(0, 2)
+        needs, grad = ctx.needs_input_grad, grad.contiguous().flatten(0, 2)
         mean = norm.mean(1, keepdim=True) + 1e-6
         scale = gamma * norm / mean + 1
-        y = _apply(hidden, scale, None if beta is None else beta.expand_as(scale), gelu=True)
-        grad_weight2 = product(grad, y.flatten(0, 2))
+        grad_weight2 = None
+        if needs[5]:
+            y = _apply(hidden, scale, None if beta is None else beta.expand_as(scale), gelu=True)
+            grad_weight2 = product(grad, y.flatten(0, 2))
+            del y
         grad_y = linear(grad, weight2.t()).view_as(hidden)
-        del y
         grad_scale, grad_shift = _sums(hidden, grad_y, gelu=True)
         grad_ratio = grad_scale * gamma
         grad_norm = grad_ratio / mean - (grad_ratio * norm).mean(1, keepdim=True) / mean.square()
@@ -95,13 +97,13 @@ class _GrnMlp(torch.autograd.Function):
         torch.ops.mmuni_cpu.grad(grad_y, hidden, scale, None, slope.contiguous(), grad_y, True)
         grad_hidden = grad_y.flatten(0, 2)
         return (
-            linear(grad_hidden, weight1.t()).view_as(x) if ctx.needs_input_grad[0] else None,
-            product(x.flatten(0, 2), grad_hidden).t(),
-            grad_hidden.sum(0) if ctx.has_bias[0] else None,
+            linear(grad_hidden, weight1.t()).view_as(x) if needs[0] else None,
+            product(x.flatten(0, 2), grad_hidden).t() if needs[1] else None,
+            grad_hidden.sum(0) if needs[2] else None,
             (grad_scale * norm / mean).sum(0),
             None if beta is None else grad_shift.sum(0),
             grad_weight2,
-            grad.sum(0) if ctx.has_bias[1] else None,
+            grad.sum(0) if needs[6] else None,
             None,
         )
 
@@ -137,7 +139,7 @@ def normalize(
 
 
 def gate(
-    x: Tensor, weight: Tensor, bias: Tensor, statistics: Statistics | None,
+    x: Tensor, weight: Tensor, bias: Tensor, statistics: Statistics,
     down: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
     """Squeeze-and-Excitation of ``BN(x)``: ``b * sigmoid(up(relu(down(mean(b)))))`` with b = BN(x).
@@ -158,20 +160,21 @@ def gate(
 
 class _Moments(NamedTuple):
     mean: Tensor  # (C,), to normalize with
-    var: Tensor
-    inverse: Tensor
-    pixels: int  # values of a channel in all processes
+    inverse: Tensor  # (C,), of the standard deviation
     image_mean: Tensor  # (N, C), empty if not asked for
+    pixels: int  # values of a channel in all processes
 
 
-def _moments(x: Tensor, statistics: Statistics, need_image_mean: bool) -> _Moments:
+def _moments(x: Tensor, statistics: Statistics, need_image_mean: bool) -> tuple[_Moments, Tensor]:
+    """What the backward pass needs, too, and the variance (C,)."""
     pixels = x.shape[1] * x.shape[2]
     count, group = x.shape[0] * pixels, statistics.group
     if statistics.mean is not None and statistics.var is not None:
         mean, var = statistics.mean.float(), statistics.var.float()
         image_mean = _sums(x)[0] / pixels if need_image_mean else mean.new_empty(0)
     else:
-        pivot = x[0, 0, 0].float()  # near the mean, so that the squares do not cancel
+        # Near the mean, so that the squares do not cancel; one pixel might be anything.
+        pivot = x[0].flatten(0, 1)[:: max(1, pixels // 64)].float().mean(0)
         first, second = _sums(x, pivot=pivot)
         image_mean = first / pixels + pivot
         first, second = first.double().sum(0), second.double().sum(0)
@@ -179,17 +182,12 @@ def _moments(x: Tensor, statistics: Statistics, need_image_mean: bool) -> _Momen
             raise ValueError(
                 f'Expected more than 1 value per channel when training, got (N, H, W, C) {tuple(x.shape)}.'
             )
-        if group is not None:
-            # The pivots differ; what crosses the processes are the plain moments, in float64.
-            second = second + 2 * pivot * first + count * pivot.double().square()
-            packed = torch.cat([first + count * pivot, second, first.new_tensor([count])])
-            dist.all_reduce(packed, group=group)
-            count, pivot = int(packed[-1]), torch.zeros_like(pivot)
-            first, second = packed[:-1].chunk(2)
         offset = first / count
-        mean = (offset + pivot).float()
-        var = (second / count - offset.square()).clamp_min(0).float()
-    return _Moments(mean, var, torch.rsqrt(var + statistics.eps), count, image_mean)
+        mean, var = offset + pivot, (second / count - offset.square()).clamp_min(0)
+        if group is not None:
+            mean, var, count = share_moments(mean, var, count, group)
+        mean, var = mean.float(), var.float()
+    return _Moments(mean, torch.rsqrt(var + statistics.eps), image_mean, count), var
 
 
 def _grad_normalize(
@@ -212,13 +210,14 @@ def _grad_normalize(
     shift = torch.zeros_like(first) if grad_pooled is None else gain * grad_pooled / (x.shape[1] * x.shape[2])
     slope = None
     if statistics.mean is None:
-        total = local
+        # The gradients of the sums of x and x^2 over all processes, as `share_moments` takes them.
+        tilt = gain * m.inverse * local[0] / m.pixels
+        shared = torch.cat([m.mean * tilt - gain * local[1] / m.pixels, -tilt / 2, tilt.new_zeros(1)])
         if statistics.group is not None:
-            total = local.clone()
-            dist.all_reduce(total, group=statistics.group)
-        tilt = gain * m.inverse * total[0] / m.pixels
-        shift = shift + m.mean * tilt - gain * total[1] / m.pixels
-        slope = -tilt.expand_as(first).contiguous()
+            shared = sum_over_processes(shared.double(), statistics.group).float()
+        grad_sum, grad_squares = shared[:-1].chunk(2)
+        shift = shift + grad_sum
+        slope = (2 * grad_squares).expand_as(first).contiguous()
     grad_x = torch.empty_like(x)
     torch.ops.mmuni_cpu.grad(grad, x, scale.contiguous(), shift.contiguous(), slope, grad_x, False)
     return grad_x, grad_weight, grad_bias
@@ -230,22 +229,22 @@ class _Normalize(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, statistics: Statistics, multiplier: Tensor | None,
         residual: Tensor | None, keep: bool,
     ) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
-        m = _moments(x, statistics, need_image_mean=False)
+        m, var = _moments(x, statistics, need_image_mean=False)
         scale = (weight * m.inverse).expand(x.shape[0], -1)
         shift = (bias - m.mean * weight * m.inverse).expand_as(scale)
         if multiplier is not None:
             scale, shift = scale * multiplier, shift * multiplier
-        ctx.save_for_backward(x, weight, bias, multiplier)
-        ctx.moments, ctx.statistics = m, statistics
-        ctx.mark_non_differentiable(m.mean, m.var)
-        return _apply(x, scale, shift, residual, out=None if keep else x), m.mean, m.var, m.pixels
+        ctx.save_for_backward(x, weight, bias, multiplier, *m[:3])  # kept statistics might change until then
+        ctx.pixels, ctx.statistics = m.pixels, statistics
+        ctx.mark_non_differentiable(m.mean, var)
+        return _apply(x, scale, shift, residual, out=None if keep else x), m.mean, var, m.pixels
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     @without_autocast
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
-        x, weight, bias, multiplier = ctx.saved_tensors
-        grad, m = grad.contiguous(), ctx.moments
+        x, weight, bias, multiplier, mean, inverse, image_mean = ctx.saved_tensors
+        grad, m = grad.contiguous(), _Moments(mean, inverse, image_mean, ctx.pixels)
         sums = _sums(x, grad, m.mean)
         grad_x, grad_weight, grad_bias = _grad_normalize(
             grad, x, weight, bias, m, ctx.statistics, multiplier, sums, None, ctx.needs_input_grad[0]
@@ -260,22 +259,22 @@ class _Gate(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, statistics: Statistics,
         down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
-        m = _moments(x, statistics, need_image_mean=True)
+        m, var = _moments(x, statistics, need_image_mean=True)
         gain = weight * m.inverse
         pooled = gain * (m.image_mean - m.mean) + bias
         squeezed = torch.addmm(down_bias, pooled, down.t()).relu_()
         gates = torch.addmm(up_bias, squeezed, up.t()).sigmoid_()
-        ctx.save_for_backward(x, weight, bias, pooled, squeezed, gates, down, up)
-        ctx.moments, ctx.statistics = m, statistics
-        ctx.mark_non_differentiable(m.mean, m.var)
-        return _apply(x, gain * gates, (bias - m.mean * gain) * gates), m.mean, m.var, m.pixels
+        ctx.save_for_backward(x, weight, bias, pooled, squeezed, gates, down, up, *m[:3])
+        ctx.pixels, ctx.statistics = m.pixels, statistics
+        ctx.mark_non_differentiable(m.mean, var)
+        return _apply(x, gain * gates, (bias - m.mean * gain) * gates), m.mean, var, m.pixels
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     @without_autocast
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
-        x, weight, bias, pooled, squeezed, gates, down, up = ctx.saved_tensors
-        grad, m = grad.contiguous(), ctx.moments
+        x, weight, bias, pooled, squeezed, gates, down, up, mean, inverse, image_mean = ctx.saved_tensors
+        grad, m = grad.contiguous(), _Moments(mean, inverse, image_mean, ctx.pixels)
         sums = _sums(x, grad, m.mean)
         grad_gates = weight * m.inverse * sums[0] + bias * sums[1]
         grad_up_out = grad_gates * gates * (1 - gates)

@@ -1,8 +1,5 @@
 """The ADE20K configs against the published table, and what can be tried of them without ADE20K."""
 
-import functools
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -13,42 +10,11 @@ from mmengine.runner import Runner
 from mmunireplknet.models import CHECKPOINTS, UniRepLKNetBlock
 
 from . import published
+from .comparing import CONFIGS, differences, load, plain
 from .published import RECIPES
 
-CONFIGS = Path(__file__).parents[2] / 'configs'
 OWN = {f'upernet_unireplknet_{arch}_ade20k': arch for arch in 'afpn'}
 ALL = (*RECIPES, *OWN)
-NO_VALUE = object()
-
-
-@functools.cache
-def _load(name):
-    return Config.fromfile(CONFIGS / f'{name}.py')
-
-
-def load(name):
-    return _load(name).copy()
-
-
-def get(cfg, path, default=None):
-    for key in path.split('.'):
-        if key not in cfg:
-            return default
-        cfg = cfg[key]
-    return cfg
-
-
-def plain(value):
-    """The value with lists for tuples, so that the two compare equal."""
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def differences(cfg, expected):
-    """Fields of ``cfg`` that are not as expected, with both values."""
-    pairs = {path: (plain(get(cfg, path)), plain(value)) for path, value in expected.items()}
-    return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def build(cfg, deploy=False):

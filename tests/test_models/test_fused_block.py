@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmunireplknet.ops import pointwise
+
 from ..procedural import image, relative_error
 from .fused_cases import DIM, block, check, check_model, differences, figures, layered, map_of, reference, results, spy
 from .tiny import blocks, tiny
@@ -112,6 +114,45 @@ def test_options(options: dict, training: bool, fused: list[str]) -> None:
     assert fused.count('block') == (4 if options.get('with_cp') else 2)
 
 
+def bn_layers(model: nn.Module) -> list[_BatchNorm]:
+    return [m for m in model.modules() if isinstance(m, _BatchNorm)]
+
+
+@pytest.mark.parametrize('missing', ['weight', 'bias'])
+@pytest.mark.parametrize('training', [True, False])
+def test_half_of_an_affine_norm(missing: str, training: bool) -> None:
+    """As of BatchNorm2d(bias=False), which has ``affine`` set."""
+    model = block(7).train(training)
+    for norm in bn_layers(model):
+        norm.register_parameter(missing, None)
+    check_model(model, map_of())
+
+
+@pytest.mark.parametrize('momentum', [0.1, None])
+@pytest.mark.parametrize('change', [dict(track_running_stats=False), dict(num_batches_tracked=None)], ids=str)
+def test_tracking_changed_later(change: dict, momentum: float | None) -> None:
+    """Running statistics that are not to be updated, and batches that are not counted."""
+    model, x = block(7, norm_cfg=dict(type='BN', momentum=momentum)), map_of()
+    for norm in bn_layers(model):
+        for name, value in change.items():
+            setattr(norm, name, value)
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    check_model(model, x)
+    still = 'track_running_stats' in change or momentum is None
+    assert all(torch.equal(b, before[name]) == still for name, b in model.named_buffers())
+
+
+@pytest.mark.parametrize('name', ['norm', 'pwconv2.2'])
+@pytest.mark.parametrize('fused', [True, False])
+def test_running_statistics_changed_before_the_backward_pass(name: str, fused: bool) -> None:
+    """The gradient would be another one's, and nobody would know."""
+    model = block(3, fused=fused).eval()
+    y = model(map_of())
+    model.get_submodule(name).running_mean.add_(5)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        y.sum().backward()
+
+
 def test_running_statistics() -> None:
     """Equal to those of the layers, within 1e-6."""
     model = block()
@@ -135,6 +176,14 @@ def test_drop_path(training: bool, with_cp: bool) -> None:
     dropped = [torch.equal(a, b) for a, b in zip(found.outputs[0], x, strict=True)]
     assert any(dropped) == training
     assert not all(dropped)
+
+
+def test_drop_path_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left is divided by the probability to stay as exactly as in float32."""
+    model, scales, normalize = block(3, drop_path_rate=0.3, layer_scale_init_value=None), [], pointwise.normalize
+    monkeypatch.setattr(pointwise, 'normalize', lambda *args: scales.append(args[4]) or normalize(*args))
+    model.bfloat16()(map_of(8).bfloat16())
+    assert {float(scale) for scale in scales[0].flatten()} == {0.0, float(torch.tensor(1.0).div(0.7))}
 
 
 @pytest.mark.parametrize('frozen', ['', 'dwconv', 'norm', 'se', 'pwconv1', 'act', 'pwconv2', 'gamma'])
@@ -170,11 +219,16 @@ def test_sizes(shape: tuple, training: bool) -> None:
     assert {n: e for n, e in found.items() if not e < 1e-5 + 3 * limits[n]} == {}
 
 
-def test_no_images() -> None:
-    x = map_of()[:0]
-    assert block().eval()(x).shape == x.shape
-    with pytest.raises(ValueError, match='more than 1 value per channel'):
-        block()(x)
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('momentum', [0.1, None])
+def test_no_images(momentum: float | None, training: bool) -> None:
+    """Empty maps, zeros as gradients, and running statistics as the layers leave them."""
+    model, x = block(norm_cfg=dict(type='BN', momentum=momentum)).train(training), map_of()[:0]
+    expected, found = results(layered(model), x), results(model, x)
+    assert found.outputs[0].shape == found.input_grad.shape == x.shape
+    assert found.grads.keys() == expected.grads.keys()
+    assert not any(grad.any() for grad in found.grads.values())
+    assert all(torch.equal(b, expected.buffers[name]) for name, b in found.buffers.items())
 
 
 # ------------------------------------------------------------------------------------------ dtypes

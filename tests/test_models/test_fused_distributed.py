@@ -30,6 +30,7 @@ class Case(NamedTuple):
     shares: tuple[int, int] = (2, 2)
     reductions: tuple[int, int] = (1, 1)  # forward, backward; but for those of DDP, which are not of this package
     parallel: bool = False
+    hooked: str = ''  # a layer with a hook in the second process, which then computes layer by layer
 
 
 def dilated(**options: Any) -> DilatedReparamBlock:
@@ -52,6 +53,11 @@ def cases() -> dict[str, Case]:
         'plain block': Case(block(3, norm_cfg=SYNC), x, reductions=(2, 2)),
         'with_cp': Case(block(13, norm_cfg=SYNC, with_cp=True), x, reductions=(3, 6)),
         'DDP': Case(small(norm_cfg=SYNC), image((4, 3, 64, 64)), (1, 3), backbone, parallel=True),
+        'dilated, one empty': Case(dilated(), x, (4, 0)),
+        'block, one empty': Case(block(13, norm_cfg=SYNC), x, (0, 4), blocks),
+        'plain block, one empty': Case(block(3, norm_cfg=SYNC), x, (4, 0), (2, 2)),
+        'DDP, one empty': Case(small(norm_cfg=SYNC), image((4, 3, 64, 64)), (4, 0), backbone, parallel=True),
+        'block, hook in one': Case(block(13, norm_cfg=SYNC), x, reductions=blocks, hooked='norm'),
         'BN': Case(block(13), x, reductions=(0, 0)),  # which two processes must not get right
     }
 
@@ -85,12 +91,31 @@ def work(rank: int, folder: str) -> None:
         first = case.shares[0]
         rows = slice(0, first) if rank == 0 else slice(first, None)
         model = DistributedDataParallel(case.model) if case.parallel else case.model
+        if rank and case.hooked:
+            case.model.get_submodule(case.hooked).register_forward_hook(lambda *_: None)
         calls.clear()
         found = two_steps(model, case.x, rows, len(case.x))
         counts = calls.count('forward') / 2, calls.count('backward') / 2
         grads = {n: g * 2 if case.parallel else g for n, g in found.grads.items()}  # DDP has averaged them
         torch.save(dict(found._replace(grads=grads)._asdict(), counts=counts), f'{folder}/{name}-{rank}.pth')
+    torch.save([few_values(model, rank) for model in few_value_models()], f'{folder}/few-{rank}.pth')
     dist.destroy_process_group()
+
+
+def few_value_models() -> list[nn.Module]:
+    """Fused and layer by layer; a block on a map in another layout than those of the fused operators, too."""
+    return [dilated(), layered(dilated()), block(13, norm_cfg=SYNC)]
+
+
+def few_values(model: nn.Module, rank: int) -> tuple[str, list[Tensor]]:
+    """What is raised for a single value in the first process, and the buffers after a step without any."""
+    try:
+        model(torch.ones(1 - rank, DIM, 1, 1))
+    except ValueError as error:
+        said = str(error)
+    x = torch.ones(0, DIM, 5, 5, requires_grad=True)
+    model(x).sum().backward()
+    return said, [b.clone() for b in model.buffers()]
 
 
 @pytest.fixture(scope='module')
@@ -130,6 +155,17 @@ def test_all_reduces(name: str, folder: Path) -> None:
     for rank in range(2):
         counts = torch.load(folder / f'{name}-{rank}.pth', weights_only=True)['counts']
         assert tuple(counts) == cases()[name].reductions
+
+
+def test_few_values(folder: Path) -> None:
+    """One in all processes raises in each of them; none at all leaves the running statistics alone."""
+    for rank in range(2):
+        found = torch.load(folder / f'few-{rank}.pth', weights_only=True)
+        for (said, buffers), model in zip(found, few_value_models(), strict=True):
+            assert 'more than 1 value per channel' in said
+            assert 'in all processes' in said
+            for (name, before), after in zip(model.named_buffers(), buffers, strict=True):
+                assert 'tracked' in name or torch.equal(before, after)
 
 
 def test_it_matters(folder: Path) -> None:

@@ -1,11 +1,20 @@
 """What is not computed by the fused operators: it is right all the same, and whoever looks into a block sees it."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
 
-from ..procedural import image, relative_error
-from .fused_cases import block, check, check_model, layered, map_of, reference, results, spy
+from mmunireplknet.models import dilated_reparam
+from mmunireplknet.models.dilated_reparam import DilatedReparamBlock
+
+from ..procedural import image, randomise, relative_error
+from .fused_cases import DIM, block, check, check_model, layered, map_of, reference, results, spy
 from .tiny import tiny
 
 pytestmark = pytest.mark.usefixtures('cpp')
@@ -112,6 +121,33 @@ def test_every_kind_of_hook_is_called(register: str) -> None:
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize('name', [name for name in INSIDE if name != 'dwconv.dil_bn_k3_4'])
+def test_a_forward_of_its_own_is_called(name: str) -> None:
+    """Set on the layer itself, as libraries do that wrap layers."""
+    model, x = block().eval(), map_of()
+    layer = model.get_submodule(name)
+    forward = layer.forward
+    layer.forward = lambda *args: forward(*args) * 1.5
+    y = model(x).detach()
+    assert relative_error(y, layered(model)(x).detach()) < 1e-5
+    assert relative_error(y, layered(block().eval())(x).detach()) > 1e-3
+
+
+def test_hooks_on_all_modules_are_called(fused: list[str]) -> None:
+    """Those that torch calls for every module see the layers; ``FlopCounterMode``, which has some, changes nothing."""
+    model, x, seen = block(), map_of(), set()
+    handle = register_module_forward_hook(lambda module, *_: seen.add(module))
+    try:
+        model(x)
+    finally:
+        handle.remove()
+    assert seen == {*model.modules()}
+    assert fused == []
+    with FlopCounterMode(display=False):
+        model(x)
+    assert fused == ['block', 'batch']
+
+
 def test_a_hook_on_the_drop_path_sees_the_map() -> None:
     model, seen = block(drop_path_rate=0.5), []
     model.drop_path.register_forward_hook(lambda _, args, y: seen.append(y.shape))
@@ -140,5 +176,49 @@ def test_it_cannot_be_differentiated_twice() -> None:
     for model in (block(), block(3)):
         x = map_of().requires_grad_()
         (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match='once_differentiable'):
+        with pytest.raises(RuntimeError, match=r'cannot be differentiated twice .* fused=False'):
             grad.sum().backward()
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_norms_without_any_tensor_on_another_device(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands in for their scales and shifts is made where the map is."""
+    norm_cfg, given = dict(type='BN', affine=False, track_running_stats=False), []
+    model = DilatedReparamBlock(4, 13, norm_cfg=norm_cfg).to('meta').train(training)
+    function = dilated_reparam.dilated_reparam_conv
+    monkeypatch.setattr(dilated_reparam, 'dilated_reparam_conv', lambda *args: given.append(args) or function(*args))
+    assert model(torch.empty(2, 4, 9, 9, device='meta')).device.type == 'meta'
+    assert {t.device.type for tensors in given[0][3:5] for t in tensors} == {'meta'}
+
+
+@pytest.fixture
+def reductions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[None]]:
+    """One entry for each all-reduce, in a group of one process that looks as if it were of two."""
+    calls: list[None] = []
+    dist.init_process_group('gloo', init_method=(tmp_path / 'store').as_uri(), rank=0, world_size=1)
+    all_reduce = dist.all_reduce
+    monkeypatch.setattr(dist, 'get_world_size', lambda group=None: 2)
+    monkeypatch.setattr(dist, 'all_reduce', lambda *args, **options: calls.append(None) or all_reduce(*args, **options))
+    yield calls
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize('fused', [True, False])
+def test_no_synchronisation_in_evaluation(fused: bool, reductions: list[None]) -> None:
+    """Not even of the statistics of the batch, which norms without running ones use then."""
+    model = block(norm_cfg=dict(type='SyncBN', track_running_stats=False), fused=fused)
+    model.eval()(map_of())
+    assert not reductions
+    model.train()(map_of())
+    assert reductions
+
+
+@pytest.mark.parametrize('name', ['origin_bn', 'dil_bn_k3_4'])
+def test_a_norm_of_another_group(name: str, fused: list[str], reductions: list[None]) -> None:
+    """A plain BN among synchronised ones stays one."""
+    model = block(norm_cfg=dict(type='SyncBN')).dwconv
+    model(map_of())
+    assert (fused, len(reductions)) == (['batch'], 1)
+    setattr(model, name, randomise(nn.BatchNorm2d(DIM)))
+    model(map_of())
+    assert (fused, len(reductions)) == (['batch'], 1 + len(model.branches))

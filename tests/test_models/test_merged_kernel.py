@@ -12,6 +12,8 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mmunireplknet.models import dilated_reparam
 from mmunireplknet.models.dilated_reparam import DilatedReparamBlock
@@ -76,6 +78,29 @@ def test_not_without_gradients_only(merges: list) -> None:
     grads = [torch.autograd.grad(net(X).square().sum(), net.lk_origin.weight)[0] for net in (model, layered(model))]
     assert relative_error(*grads) < TOLERANCE
     assert len(merges) == 4
+
+
+def fake(model: DilatedReparamBlock) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        model(mode.from_tensor(X))
+
+
+def traced(model: DilatedReparamBlock) -> None:
+    with torch.no_grad():
+        make_fx(model, tracing_mode='symbolic', _allow_non_fake_inputs=True)(X)
+
+
+@pytest.mark.parametrize('look', [fake, traced], ids=lambda look: look.__name__)
+@pytest.mark.parametrize('before', [False, True])
+def test_not_of_tensors_without_values(look: Callable, before: bool) -> None:
+    """What a mode that only looks at shapes merges does not stay; what was kept before does no harm."""
+    model = block()
+    if before:
+        check(model)
+    kept = model._kept
+    look(model)
+    assert model._kept is kept
+    assert type(check(model)) is Tensor
 
 
 def test_not_part_of_the_state() -> None:

@@ -15,13 +15,15 @@ from ..procedural import image, randomise, relative_error
 from .tiny import TINY
 
 TOLERANCE = 1e-4  # relative L2, of the loss, of all gradients together and of the running statistics
-SIZES = {'even': (2, 2), 'uneven': (1, 3)}  # images of each process
+SIZES = {'even': (2, 2), 'uneven': (1, 3), 'one empty': (4, 0)}  # images of each process
 CASES = {
     'frozen BN': dict(norm_cfg=dict(type='BN'), norm_eval=True),
     'frozen BN, with_cp': dict(norm_cfg=dict(type='BN'), norm_eval=True, with_cp=True),
     'SyncBN': dict(norm_cfg=dict(type='SyncBN')),
     'SyncBN, with_cp': dict(norm_cfg=dict(type='SyncBN'), with_cp=True),
     'SyncBN, uneven': dict(norm_cfg=dict(type='SyncBN')),
+    'SyncBN, one empty': dict(norm_cfg=dict(type='SyncBN')),
+    'SyncBN, one empty, layers': dict(norm_cfg=dict(type='SyncBN'), fused=False),
     'SyncBN, cumulative': dict(norm_cfg=dict(type='SyncBN', momentum=None)),
     'frozen SyncBN': dict(norm_cfg=dict(type='SyncBN'), norm_eval=True),
     'BN': dict(norm_cfg=dict(type='BN')),  # which two processes must not get right
@@ -71,7 +73,7 @@ def work(rank, folder, device):
 
     for name, options in CASES.items():
         model = DistributedDataParallel(randomise(Net(**options)).to(device))
-        first, second = SIZES['uneven' if 'uneven' in name else 'even']
+        first, second = next((sizes for key, sizes in SIZES.items() if f', {key}' in name), SIZES['even'])
         x = image((4, 3, 64, 64))[slice(0, first) if rank == 0 else slice(first, first + second)]
         # DDP averages the gradients over processes: 2 / 4 makes that the mean over the four images.
         torch.save(two_steps(model, x.to(device), 2 / 4, mean_over_group), f'{folder}/{name}-{rank}.pth')

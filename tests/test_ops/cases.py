@@ -68,6 +68,7 @@ class Case(NamedTuple):
 LARGE = (
     Case(7, torch.float32, (9, 10), 'contiguous', 'channels_last', 530, 1, 5),
     Case(31, torch.float32, (226, 180), 'channels_last', 'contiguous', 1, 5, 1),
+    Case(31, torch.float32, (131, 101), 'contiguous', 'channels_last', 2, 1, 2),
 )
 
 

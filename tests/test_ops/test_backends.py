@@ -1,7 +1,10 @@
 """Which backend is taken, and what happens where one cannot be."""
 
+import contextlib
+import re
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmunireplknet.ops import DepthwiseConv2d, backends, build, depthwise_conv2d, reference
+from mmunireplknet.ops.self_check import self_check
 
 from ..procedural import image, relative_error
 from .cases import plain
@@ -187,33 +193,42 @@ def test_fallback_from_a_library_that_does_not_load(
 def test_fallback_from_kernels_that_fail_the_check(
     fresh: None, calls: list[str], monkeypatch: pytest.MonkeyPatch, cpp: Path
 ) -> None:
-    monkeypatch.setattr(backends, '_self_check', lambda: 'their forward is off by 1.0e+00.')
+    monkeypatch.setattr(backends, 'self_check', lambda: 'their forward is off by 1.0e+00.')
     with pytest.warns(UserWarning, match='compiled CPU kernels are not used: their forward is off') as caught:
         expect_fallback('their forward is off', calls)
     assert len(caught) == 1
 
 
-def broken(which: str, spoil: Callable[[Tensor], Any]) -> SimpleNamespace:
-    """The compiled operators, with one of the three results spoilt."""
+WRITES = {  # what each operator is called in a message, and the places of the results among its arguments
+    'forward': ('forward', [3]),
+    'weight_grad': ('weight gradient', [2]),
+    'block_forward': ('block forward', [7, 8, 9]),
+    'block_backward': ('block backward', [9, 10, 11, 12]),
+    'apply': ('apply', [4]),
+    'grad': ('grad', [5]),
+    'sums': ('sums', [4]),
+}
+
+
+def broken(which: str, spoil: Callable[[Tensor], Any], dtype: torch.dtype | None = None) -> SimpleNamespace:
+    """The compiled operators, with one of the results spoilt; ``which`` is operator and number, as 'sums 0'."""
     real = torch.ops.mmuni_cpu
+    operator, _, number = which.partition(' ')
 
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, k: int, dilation: int, flip: bool) -> None:
-        real.forward(x, weight, bias, out, k, dilation, flip)
-        if which == ('input gradient' if flip else 'forward'):
+    def call(*args: Any) -> None:
+        getattr(real, operator)(*args)
+        out = args[WRITES[operator][1][int(number)]]
+        if out.dtype == (dtype or torch.float32):
             spoil(out)
 
-    def weight_grad(x: Tensor, grad: Tensor, out: Tensor, k: int, dilation: int) -> None:
-        real.weight_grad(x, grad, out, k, dilation)
-        if which == 'weight gradient':
-            spoil(out)
-
-    return SimpleNamespace(forward=forward, weight_grad=weight_grad, capability=real.capability)
+    others = {name: getattr(real, name) for name in (*WRITES, 'capability')}
+    return SimpleNamespace(**{**others, **({operator: call} if operator in WRITES else {})})
 
 
 def test_self_check_passes(cpp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert backends._self_check() == ''
+    assert self_check() == ''
     monkeypatch.setattr(torch.ops, 'mmuni_cpu', broken('nothing', torch.zero_))
-    assert backends._self_check() == ''
+    assert self_check() == ''
 
 
 @pytest.mark.parametrize(
@@ -225,17 +240,73 @@ def test_self_check_passes(cpp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param(lambda out: out.view(-1)[:1].add_(0.1), id='one value'),
     ],
 )
-@pytest.mark.parametrize('which', ['forward', 'input gradient', 'weight gradient'])
+@pytest.mark.parametrize('which', [f'{name} {i}' for name, (_, places) in WRITES.items() for i in range(len(places))])
 def test_self_check_finds(which: str, spoil: Callable, cpp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.ops, 'mmuni_cpu', broken(which, spoil))
-    assert f'their {which} is off by ' in backends._self_check()
+    monkeypatch.setattr(torch.ops, 'mmuni_cpu', broken(which, lambda out: spoil(out.as_strided((out.numel(),), (1,)))))
+    assert f'their {WRITES[which.split()[0]][0]} is off by ' in self_check()
+
+
+@pytest.mark.parametrize('which', ['forward 0', 'block_forward 2', 'block_backward 0', 'apply 0', 'grad 0'])
+def test_self_check_finds_a_wrong_rounding(which: str, cpp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops, 'mmuni_cpu', broken(which, lambda out: out.mul_(1.01), torch.bfloat16))
+    assert re.search(r'is off by .* \(bfloat16, ', self_check())
+
+
+def test_self_check_finds_what_only_one_layout_shows(cpp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    operators = broken('forward 0', lambda out: out.zero_() if out.stride(1) == 1 else None)
+    monkeypatch.setattr(torch.ops, 'mmuni_cpu', operators)
+    assert 'their forward is off' in self_check()
+
+
+@contextlib.contextmanager
+def default_device(device: str) -> Iterator[None]:
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    'state',
+    [
+        partial(default_device, 'meta'),
+        partial(default_dtype, torch.float64),
+        partial(default_dtype, torch.bfloat16),
+        FakeTensorMode,
+        torch.inference_mode,
+        partial(torch.autocast, 'cpu', torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_what_is_set_elsewhere_does_not_matter_to_the_check(state: Callable, fresh: None, cpp: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        with state():
+            assert backends.why_not('cpp') == ''
+
+
+def test_the_check_is_not_counted(fresh: None, cpp: Path) -> None:
+    with FlopCounterMode(display=False) as counter:
+        depthwise_conv2d(X, WEIGHT)
+    assert counter.get_total_flops() == 2 * X.numel() * 7**2
 
 
 def test_self_check_warns_once_and_torch_is_used(
     fresh: None, calls: list[str], monkeypatch: pytest.MonkeyPatch, cpp: Path
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(torch.ops, 'mmuni_cpu', broken('weight gradient', torch.zero_))
+        patch.setattr(torch.ops, 'mmuni_cpu', broken('weight_grad 0', torch.zero_))
         with pytest.warns(UserWarning, match='their weight gradient is off by 1.0e') as caught:
             assert backends.choose('auto', X, 7) == 'torch'
     expect_fallback('their weight gradient is off by', calls)

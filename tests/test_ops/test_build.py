@@ -1,6 +1,7 @@
 """Building the compiled kernels: when, where to, and what is said where it fails."""
 
 import importlib.metadata
+import platform
 import runpy
 import shutil
 import subprocess
@@ -22,6 +23,17 @@ open(sys.argv[0] + '.log', 'a').write(' '.join(sys.argv[1:]) + '\\n')  # written
 """
 FAILS = "import sys\nsys.exit('conv.h:1: error: expected a semicolon')"
 FAILS_TO_LINK = "import sys\n'-shared' in sys.argv and sys.exit('ld: cannot find -ltorch_cpu')\n" + WORKS
+
+EMULATOR = platform.machine() == 'x86_64' and (shutil.which('qemu-x86_64') or shutil.which('qemu-x86_64-static'))
+MAIN = """
+#include <cstdio>
+#include <cstdlib>
+#include "kernels.h"
+float* mmuni::allocate(int64_t count) { return static_cast<float*>(std::malloc(4 * count)); }
+int main() {
+  std::printf("%s %s %s", mmuni::portable_kernels.name, mmuni::avx2_kernels.name, mmuni::avx512_kernels.name);
+}
+"""
 
 LOAD_AND_COMPUTE = """
 import sys, torch
@@ -358,18 +370,23 @@ def test_module_can_be_run_by_its_name() -> None:
     assert done.stderr == ''
 
 
-def test_make_clean(tmp_path: Path) -> None:
-    """What builds and test runs leave behind goes; sources and environments stay."""
-    ops = 'mmunireplknet/ops'
-    goes = [f'{ops}/a.so', f'{ops}/a.so.1.partial', f'{ops}/__pycache__/a.pyc', 'build/lib/a.py', 'dist/a.whl']
-    goes += [f'{name}/a' for name in ('a.egg-info', '.pytest_cache', '.mypy_cache', '.ruff_cache', '.hypothesis')]
-    stays = [f'{ops}/a.py', '.venv/lib/__pycache__/a.pyc', '.venv-openmmlab/a.so', 'Makefile']
-    for name in (*goes, *stays):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    shutil.copy(Path(__file__).parents[2] / 'Makefile', tmp_path)
-    subprocess.run(['make', 'clean'], cwd=tmp_path, check=True, capture_output=True)
-    assert {str(file.relative_to(tmp_path)) for file in tmp_path.rglob('*') if file.is_file()} == set(stays)
+def test_nothing_of_an_instruction_set_runs_when_the_library_is_loaded(cpp: Path) -> None:
+    """Its constructors run on every processor. Those of the operators show that the names are there to be found."""
+    names = cpp.read_bytes()
+    assert b'_GLOBAL__sub_I_depthwise' in names
+    assert b'_GLOBAL__sub_I_kernels' not in names
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not EMULATOR or bool(build.why_not()), reason='needs qemu-x86_64, an x86-64 compiler and Linux')
+def test_a_processor_without_avx512(tmp_path: Path) -> None:
+    """It starts a program with all kernels, and so it would load the library."""
+    (tmp_path / 'main.cpp').write_text(MAIN)
+    sources = [tmp_path / 'main.cpp', *build.SOURCES.glob('kernels_*.cpp')]
+    command = [*build.compiler(), *build.FLAGS, '-static', f'-I{build.SOURCES}', *sources, '-o', tmp_path / 'main']
+    subprocess.run(command, check=True)
+    done = subprocess.run([EMULATOR, '-cpu', 'Haswell', tmp_path / 'main'], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ('portable avx2 avx512', 0), done.stderr
 
 
 @pytest.mark.slow

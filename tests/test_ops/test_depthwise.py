@@ -52,6 +52,36 @@ def test_large(case: Case, backend: str) -> None:
     assert mistakes(case, backend) == []
 
 
+@pytest.mark.parametrize('width', [8, 13, 37])
+@pytest.mark.parametrize('kernel', [11, 13, 21, 31])
+def test_every_height(kernel: int, width: int, cpp: Path) -> None:
+    """Minimal filtering takes rows of maps in pairs and rows of kernels in threes, from some height and width on."""
+    for height in range(1, kernel + 5):
+        dtype = (torch.float32, torch.bfloat16, torch.float16)[height % 3]
+        layouts = ('contiguous', 'channels_last')[:: 1 - height // 2 % 2 * 2]
+        case = Case(kernel, dtype, (height, width), *layouts, (2, 17)[height % 5 == 0], 1, 1)
+        assert mistakes(case, 'cpp') == []
+        assert mistakes(case._replace(dtype=torch.float32), 'cpp') == []
+
+
+@pytest.mark.parametrize(
+    ('kernel', 'size', 'dilation', 'minimal'),
+    [
+        (13, (32, 32), 1, True), (13, (15, 27), 1, True), (31, (32, 32), 1, True), (31, (64, 50), 1, True),
+        (7, (32, 32), 1, False), (13, (9, 32), 1, False), (13, (32, 7), 1, False), (13, (32, 32), 2, False),
+    ],
+)  # fmt: skip
+def test_where_minimal_filtering_is_used(
+    kernel: int, size: tuple[int, int], dilation: int, minimal: bool, cpp: Path
+) -> None:
+    """A single one comes out as the kernel: to the last bit in the plain form, rounded by minimal filtering."""
+    x, weight = torch.zeros(1, 16, *size), torch.randn(16, 1, kernel, kernel)
+    x[:, :, size[0] // 2, size[1] // 2] = 1
+    exact, out = plain(x.double(), weight.double(), None, dilation), depthwise_conv2d(x, weight, None, dilation, 'cpp')
+    assert relative_error(out, exact) < 2e-7
+    assert bool((out == exact).all()) is not (minimal and torch.ops.mmuni_cpu.capability() == 'avx512')
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
 @pytest.mark.parametrize('kernel', KERNELS)
@@ -80,10 +110,13 @@ def test_no_images(dtype: torch.dtype, kernel: int, layout: str, backend: str) -
     assert torch.equal(results['bias gradient'], torch.zeros_like(bias))
 
 
-@pytest.mark.parametrize('shape', [(1, 16, 64, 40), (3, 40, 33, 21), (2, 3, 7, 150)], ids=str)
+@pytest.mark.parametrize('shape', [(1, 16, 66, 40), (3, 40, 33, 21), (2, 3, 7, 150)], ids=str)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 def test_threads_do_not_matter(dtype: torch.dtype, shape: tuple, cpp: Path) -> None:
-    """Not a bit of the compiled kernels' results depends on the number of threads, or on their order."""
+    """Not a bit of the compiled kernels' results depends on the number of threads, or on their order.
+
+    That of the bias is a sum over the map, which torch makes: the last bits of it do.
+    """
     n, c, *size = shape
     x, weight, bias, grad = tensors(Case(13, dtype, tuple(size), 'contiguous', 'channels_last', c, 1, n))
     results = []

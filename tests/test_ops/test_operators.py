@@ -102,6 +102,59 @@ def test_forward_mode_is_right_or_refused(backend: str) -> None:
     assert relative_error(mine, plain(tangent.double(), weight.double(), None, 1)) < 1e-6
 
 
+@pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
+@pytest.mark.parametrize('transform', ['jvp', 'grad', 'vjp', 'vmap'])
+def test_transforms_inside_of_compiled_code(transform: str, backend: str) -> None:
+    """A derivative that is silently zero, again; and where the operator would have none, an error."""
+    x, weight, bias = (t.detach() for t in values())
+    tangent = image(tuple(x.shape), 3)
+
+    def conv(x: Tensor) -> Tensor:
+        return depthwise_conv2d(x, weight, bias)
+
+    functions: dict[str, Callable] = {
+        'jvp': lambda x: torch.func.jvp(conv, (x,), (tangent,))[1],
+        'grad': torch.func.grad(lambda x: (conv(x) * tangent).sum()),
+        'vjp': lambda x: torch.func.vjp(conv, x)[1](tangent)[0],
+        'vmap': lambda x: torch.vmap(lambda t: conv(t[None])[0])(x),
+    }
+    torch._dynamo.reset()
+    y = torch.compile(functions[transform], backend=backend)(x)
+    exact_weight = weight.double()
+    if transform == 'jvp':
+        exact = plain(tangent.double(), exact_weight, None, 1)
+    elif transform == 'vmap':
+        exact = plain(x.double(), exact_weight, bias.double(), 1)
+    else:
+        exact = plain(tangent.double(), exact_weight.flip(2, 3), None, 1)
+    assert relative_error(y, exact) < 1e-6
+
+
+@pytest.mark.parametrize('autocast', [False, True])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize('way', ['vmap', 'trace', 'export', 'jvp'])
+def test_mixed_dtypes_where_it_is_a_plain_convolution(way: str, dtype: torch.dtype, autocast: bool) -> None:
+    """A map of another dtype than the weight, which the operator takes; the result has that of the map."""
+    model = randomise(DepthwiseConv2d(3, 3, 5, padding=2, groups=3)).requires_grad_(False)
+    x = image((2, 3, 6, 7)).to(dtype)
+    ways: dict[str, Callable] = {
+        'vmap': lambda: torch.vmap(lambda t: model(t[None])[0])(x),
+        'trace': lambda: torch.jit.trace(model, (x,), check_trace=False)(x),
+        'export': lambda: torch.export.export(model, (x,), strict=False).module()(x),
+        'jvp': lambda: torch.func.jvp(model, (x,), (x,))[0],
+    }
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        y = ways[way]()
+    assert y.dtype == dtype
+    assert relative_error(y, model.double()(x.double())) < 6e-3
+
+
+def test_arguments_are_checked_where_it_is_a_plain_convolution() -> None:
+    x, weight, _ = (t.detach() for t in values())
+    with pytest.raises(ValueError, match=r'must be \(3, 1, K, K\) with an odd K'):
+        torch.vmap(lambda x: depthwise_conv2d(x[None], weight[..., 1:, 1:]))(x)
+
+
 def compiled_step(model: nn.Module, x: Tensor, **options: Any) -> tuple[Tensor, ...]:
     """Output, and gradients of input and parameters, of the model compiled with ``options``."""
     torch._dynamo.reset()

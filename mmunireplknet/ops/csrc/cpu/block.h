@@ -7,13 +7,14 @@
 //   dz_b = a_b (g - dbeta / M - (z_b - mean_b) dgamma_b / (M s_b)),
 //   dw_b = correlate(x, dz_b),  dx = sum_b convolve(dz_b, flipped w_b).
 
-// Tiles of the same block of channels of all images, one after the other.
+// Tiles of the same block of channels of all images, one after the other, with rows for zeros around each.
 struct Stack {
   Shape shape;
   float* memory;
   int64_t images;
   int height;
-  MMUNI_INLINE Tile at(int64_t n) const { return shape.at(memory + n * shape.floats(height), 0, height); }
+  MMUNI_INLINE int64_t first_row(int64_t n) const { return n * (height + ROWS_BESIDE) + ROWS_BESIDE; }
+  MMUNI_INLINE Tile at(int64_t n) const { return shape.at(memory + shape.floats(first_row(n)), 0, height); }
 };
 
 // Sum of f(offset) over all pixels; an offset means the same pixel in all stacks of one shape. The sum is kept in single
@@ -58,8 +59,8 @@ void read_stack(const Map& map, int c0, int channels, const Stack& stack) {
 void write_stack(const Map& map, int c0, int channels, const Stack& stack) {
   for (int64_t n = 0; n < stack.images; ++n) write_tile(map, n, c0, channels, stack.at(n));
 }
-void convolve(const Stack& x, const float* w, const float* bias, int kernel, int dilation, const Stack& out, bool add) {
-  for (int64_t n = 0; n < x.images; ++n) convolve(x.at(n), w, bias, kernel, dilation, out.at(n), add);
+void convolve(const Filter& filter, const Stack& x, float* w, const Stack& out, bool add) {
+  for (int64_t n = 0; n < x.images; ++n) convolve(filter, x.at(n), w, nullptr, out.at(n), add);
 }
 
 // Square root lane by lane: the vector extensions have none.
@@ -79,22 +80,26 @@ MMUNI_INLINE void store_lanes(float* values, int c0, int channels, Vec v) {
 
 struct Workspace {
   Shape shape;
-  int64_t taps;  // of the largest kernel
-  explicit Workspace(const Block& job) : shape{job.size.w, 0, 0}, taps(0) {
+  int64_t weight;  // floats of the largest kernel
+  explicit Workspace(const Block& job) : shape{job.size.w, 0, 0}, weight(0) {
     for (int b = 0; b < job.count; ++b) {
       make_room(shape, job.branches[b].kernel, job.branches[b].dilation);
-      taps = max(taps, job.branches[b].kernel * job.branches[b].kernel);
+      weight = max(weight, filter(job, job.branches[b]).floats());
     }
   }
-  int64_t floats(const Block& job) const { return job.size.n * shape.floats(job.size.h); }
+  static Filter filter(const Block& job, const Branch& branch) {
+    return Filter(job.size.h, job.size.w, branch.kernel, branch.dilation);
+  }
+  int64_t rows(const Block& job) const { return job.size.n * (job.size.h + ROWS_BESIDE) + ROWS_BESIDE; }
+  int64_t floats(const Block& job) const { return shape.floats(rows(job)); }
   Stack stack(const Block& job, float* memory) const { return {shape, memory, job.size.n, job.size.h}; }
 };
 
 void block_forward(const Block& job, int64_t begin, int64_t end) {
   const Workspace work(job);
   const int64_t floats = work.floats(job);
-  Scratch scratch(3 * floats + work.taps * L);
-  clear_margins(work.shape, scratch.data, job.size.n * job.size.h);
+  Scratch scratch(3 * floats + work.weight);
+  memset(scratch.data, 0, floats * sizeof(float));
   const Stack x = work.stack(job, scratch.data);
   const Stack z = work.stack(job, scratch.data + floats);
   const Stack y = work.stack(job, scratch.data + 2 * floats);
@@ -105,8 +110,9 @@ void block_forward(const Block& job, int64_t begin, int64_t end) {
     read_stack(job.x, c0, channels, x);
     for (int b = 0; b < job.count; ++b) {
       const Branch& branch = job.branches[b];
-      pack_weight(branch.weight, c0, channels, branch.kernel, false, weight);
-      convolve(x, weight, nullptr, branch.kernel, branch.dilation, z, false);
+      const Filter filter = Workspace::filter(job, branch);
+      pack_filter(filter, branch.weight, c0, channels, false, weight);
+      convolve(filter, x, weight, z, false);
       const Vec mean = sum_pixels(z, [&](int64_t i) { return load(z.memory + i); }) / count;
       const Vec var = sum_pixels(z, [&](int64_t i) {
                         const Vec d = load(z.memory + i) - mean;
@@ -128,14 +134,14 @@ void block_forward(const Block& job, int64_t begin, int64_t end) {
 void block_backward(const Block& job, int64_t begin, int64_t end) {
   const Workspace work(job);
   const int64_t floats = work.floats(job);
-  Scratch scratch(4 * floats + 2 * work.taps * L);
-  clear_margins(work.shape, scratch.data, 2 * job.size.n * job.size.h);
+  Scratch scratch(4 * floats + 2 * work.weight);
+  memset(scratch.data, 0, 2 * floats * sizeof(float));
   const Stack x = work.stack(job, scratch.data);
   const Stack z = work.stack(job, scratch.data + floats);
   const Stack grad = work.stack(job, scratch.data + 2 * floats);
   const Stack grad_x = work.stack(job, scratch.data + 3 * floats);
   float* const weight = scratch.data + 4 * floats;
-  float* const grad_weight = weight + work.taps * L;
+  float* const grad_weight = weight + work.weight;
   const float count = static_cast<float>(job.pixels);
   for (int64_t block = begin; block < end; ++block) {
     const int c0 = static_cast<int>(block * L), channels = static_cast<int>(min(L, job.size.c - c0));
@@ -147,10 +153,10 @@ void block_backward(const Block& job, int64_t begin, int64_t end) {
     const Vec grad_beta = load_lanes(job.grad_beta, c0, channels);
     for (int b = 0; b < job.count; ++b) {
       const Branch& branch = job.branches[b];
-      const int taps = branch.kernel * branch.kernel;
-      pack_weight(branch.weight, c0, channels, branch.kernel, false, weight);
-      convolve(x, weight, nullptr, branch.kernel, branch.dilation, z, false);
-      clear_slack(work.shape, z.memory, job.size.n * job.size.h);
+      const Filter filter = Workspace::filter(job, branch);
+      pack_filter(filter, branch.weight, c0, channels, false, weight);
+      convolve(filter, x, weight, z, false);
+      clear_slack(work.shape, z.memory, work.rows(job));
       const Vec mean = load_lanes(branch.mean, c0, channels);
       const Vec inverse = inverse_root(branch.var, c0, channels, branch.eps);
       if (job.sums != GIVEN)
@@ -164,13 +170,13 @@ void block_backward(const Block& job, int64_t begin, int64_t end) {
       for_pixels(z, [&](int64_t i) {
         store(z.memory + i, scale * (load(grad.memory + i) - offset - slope * (load(z.memory + i) - mean)));
       });
-      memset(grad_weight, 0, taps * L * sizeof(float));
-      for (int64_t n = 0; n < job.size.n; ++n)
-        correlate(x.at(n), z.at(n), branch.kernel, branch.dilation, grad_weight);
+      memset(grad_weight, 0, filter.floats() * sizeof(float));
+      for (int64_t n = 0; n < job.size.n; ++n) correlate(filter, x.at(n), z.at(n), grad_weight);
+      transform_weight_grad(filter, grad_weight);
       unpack_weight(grad_weight, c0, channels, branch.kernel, branch.grad_weight);
       if (!job.grad_x.data) continue;
-      pack_weight(branch.weight, c0, channels, branch.kernel, true, weight);
-      convolve(z, weight, nullptr, branch.kernel, branch.dilation, grad_x, b > 0);
+      pack_filter(filter, branch.weight, c0, channels, true, weight);
+      convolve(filter, z, weight, grad_x, b > 0);
     }
     if (job.grad_x.data && job.sums != ALONE) write_stack(job.grad_x, c0, channels, grad_x);
   }

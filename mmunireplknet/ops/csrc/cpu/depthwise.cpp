@@ -3,34 +3,43 @@
 #include "operators.h"
 
 namespace mmuni {
+
+float* allocate(int64_t count) {
+  void* memory = nullptr;
+  const int64_t bytes = count * static_cast<int64_t>(sizeof(float));
+  STD_TORCH_CHECK(posix_memalign(&memory, 64, bytes) == 0, "mmuni_cpu: out of memory, ", bytes,
+                  " bytes for one thread to compute in are not to be had");
+  return static_cast<float*>(memory);
+}
+
 namespace {
 
 void conv_forward(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& out,
                   int64_t kernel, int64_t dilation, bool flip) {
   Forward job = {};
-  job.size = size_of(x);
-  job.x = map_of(x), job.out = map_of(out);
-  job.weight = floats(weight, job.size.c * kernel * kernel);
-  job.bias = bias ? floats(*bias, job.size.c) : nullptr;
-  job.kernel = static_cast<int>(kernel), job.dilation = static_cast<int>(dilation), job.flip = flip;
+  job.x = map_of(x, "x"), job.out = map_like(out, x, "out");
+  job.size = extent_of(x);
+  const Taps taps = taps_of(job.size, kernel, dilation);
+  job.kernel = taps.kernel, job.dilation = taps.dilation, job.flip = flip;
+  job.weight = values_of(weight, job.size.c * kernel * kernel, "weight");
+  job.bias = bias ? values_of(*bias, job.size.c, "bias") : nullptr;
   const int64_t tasks = kernels().plan_forward(job, torch::stable::get_num_threads());
   run(tasks, [&](int64_t begin, int64_t end) { kernels().forward(job, begin, end); });
 }
 
 void conv_weight_grad(const Tensor& x, const Tensor& grad, const Tensor& out, int64_t kernel, int64_t dilation) {
   WeightGrad job = {};
-  job.size = size_of(x);
-  job.x = map_of(x), job.grad = map_of(grad);
-  job.out = floats(out, job.size.c * kernel * kernel);
-  job.kernel = static_cast<int>(kernel), job.dilation = static_cast<int>(dilation);
+  job.x = map_of(x, "x"), job.grad = map_like(grad, x, "grad");
+  job.size = extent_of(x);
+  const Taps taps = taps_of(job.size, kernel, dilation);
+  job.kernel = taps.kernel, job.dilation = taps.dilation;
+  job.out = values_of(out, job.size.c * kernel * kernel, "out");
   const int64_t tasks = kernels().plan_weight_grad(job);
-  const int64_t count = tasks * kernel * kernel * kernels().lanes;
-  void* memory = nullptr;
-  STD_TORCH_CHECK(posix_memalign(&memory, 64, count * sizeof(float)) == 0, "mmuni_cpu: out of memory");
-  job.partial = static_cast<float*>(memory);
+  const std::unique_ptr<float, decltype(&std::free)> partial(
+      allocate(tasks * kernel * kernel * kernels().lanes), std::free);
+  job.partial = partial.get();
   run(tasks, [&](int64_t begin, int64_t end) { kernels().weight_grad(job, begin, end); });
   run(blocks_of(job.size), [&](int64_t begin, int64_t end) { kernels().sum_partial(job, begin, end); });
-  std::free(memory);
 }
 
 // What both directions of the block share. Weights and their gradients lie one branch after the other in one tensor,
@@ -39,21 +48,26 @@ Block block_of(const Tensor& x, const std::vector<int64_t>& kernel, const std::v
                const std::vector<double>& eps, const Tensor& weight, const Tensor& gamma, const Tensor& mean,
                const Tensor& var) {
   STD_TORCH_CHECK(kernel.size() <= MAX_BRANCHES, "mmuni_cpu: at most ", MAX_BRANCHES, " branches");
+  STD_TORCH_CHECK(dilation.size() == kernel.size() && eps.size() == kernel.size(), "mmuni_cpu: ", kernel.size(),
+                  " branches have ", dilation.size(), " dilations and ", eps.size(), " eps");
   Block job = {};
-  job.size = size_of(x);
-  job.x = map_of(x);
+  job.x = map_of(x, "x");
+  job.size = extent_of(x);
   job.count = static_cast<int>(kernel.size());
-  int64_t taps = 0;
-  for (const int64_t k : kernel) taps += k * k;
+  int64_t count = 0;
+  for (size_t b = 0; b < kernel.size(); ++b) {
+    const Taps taps = taps_of(job.size, kernel[b], dilation[b]);
+    job.branches[b].kernel = taps.kernel, job.branches[b].dilation = taps.dilation;
+    count += kernel[b] * kernel[b];
+  }
   const int64_t c = job.size.c;
-  const float* w = floats(weight, c * taps);
+  const float* w = values_of(weight, c * count, "weight");
   for (int b = 0; b < job.count; ++b) {
     Branch& branch = job.branches[b];
-    branch.kernel = static_cast<int>(kernel[b]), branch.dilation = static_cast<int>(dilation[b]);
     branch.weight = w;
-    branch.gamma = floats(gamma, c * job.count) + b * c;
-    branch.mean = floats(mean, c * job.count) + b * c;
-    branch.var = floats(var, c * job.count) + b * c;
+    branch.gamma = values_of(gamma, c * job.count, "gamma") + b * c;
+    branch.mean = values_of(mean, c * job.count, "mean") + b * c;
+    branch.var = values_of(var, c * job.count, "var") + b * c;
     branch.eps = static_cast<float>(eps[b]);
     w += c * kernel[b] * kernel[b];
   }
@@ -64,8 +78,8 @@ void block_forward(const Tensor& x, std::vector<int64_t> kernel, std::vector<int
                    std::vector<double> eps, const Tensor& weight, const Tensor& gamma, const Tensor& beta,
                    const Tensor& mean, const Tensor& var, std::optional<Tensor> y) {
   Block job = block_of(x, kernel, dilation, eps, weight, gamma, mean, var);
-  job.y = optional_map(y);
-  job.beta = floats(beta, job.size.c);
+  if (y) job.y = map_like(*y, x, "y");
+  job.beta = values_of(beta, job.size.c, "beta");
   run(blocks_of(job.size), [&](int64_t begin, int64_t end) { kernels().block_forward(job, begin, end); });
 }
 
@@ -75,15 +89,16 @@ void block_backward(const Tensor& grad, const Tensor& x, std::vector<int64_t> ke
                     std::optional<Tensor> grad_weight, const Tensor& grad_gamma, const Tensor& grad_beta,
                     bool sums_given, double pixels) {
   Block job = block_of(x, kernel, dilation, eps, weight, gamma, mean, var);
-  job.grad = map_of(grad);
-  job.grad_x = optional_map(grad_x);
-  job.grad_beta = floats(grad_beta, job.size.c);
+  STD_TORCH_CHECK(grad_weight || !sums_given, "mmuni_cpu: grad_weight is missing, and the sums are given already");
+  job.grad = map_like(grad, x, "grad");
+  if (grad_x) job.grad_x = map_like(*grad_x, x, "grad_x");
+  job.grad_beta = values_of(grad_beta, job.size.c, "grad_beta");
   job.sums = sums_given ? GIVEN : grad_weight ? COMPUTED : ALONE;
   job.pixels = pixels;
-  float* w = grad_weight ? floats(*grad_weight, weight.numel()) : nullptr;
+  float* w = grad_weight ? values_of(*grad_weight, weight.numel(), "grad_weight") : nullptr;
   for (int b = 0; b < job.count; ++b) {
     job.branches[b].grad_weight = w;
-    job.branches[b].grad_gamma = floats(grad_gamma, job.size.c * job.count) + b * job.size.c;
+    job.branches[b].grad_gamma = values_of(grad_gamma, job.size.c * job.count, "grad_gamma") + b * job.size.c;
     if (w) w += job.size.c * kernel[b] * kernel[b];
   }
   run(blocks_of(job.size), [&](int64_t begin, int64_t end) { kernels().block_backward(job, begin, end); });

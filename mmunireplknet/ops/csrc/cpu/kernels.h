@@ -5,6 +5,9 @@
 
 namespace mmuni {
 
+// Memory for `count` floats, aligned to a cache line, to be given to free(). Throws where there is none.
+float* allocate(int64_t count);
+
 enum Type { FLOAT, BFLOAT16, FLOAT16 };
 
 // A tensor (N, C, H, W) of any strides, counted in elements.
@@ -94,8 +97,8 @@ struct Pointwise {
   float* sums;         // (N, chunks, 2, C)
 };
 
-// The kernels of one instruction set. A task is one block of `lanes` channels of a part of the maps; the functions
-// run the tasks [begin, end).
+// The kernels of one instruction set; the functions run the tasks [begin, end). A task of the convolutions is one block
+// of `lanes` channels of a part of the maps, unless another is named; that of the last three see Pointwise.
 struct Kernels {
   const char* name;
   int lanes;

@@ -8,16 +8,30 @@ namespace {
 // Enough pixels to make a task worth its start, few enough for single-precision sums.
 constexpr int64_t PIXELS_A_CHUNK = 256;
 
-char* bytes(const std::optional<Tensor>& t) { return t ? static_cast<char*>(t->data_ptr()) : nullptr; }
-const float* coefficients(const std::optional<Tensor>& t, int64_t count) { return t ? floats(*t, count) : nullptr; }
+// `t`, which lies in memory as `x` does.
+char* bytes_like(const Tensor& t, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(t.is_contiguous() && t.numel() == x.numel() && t.scalar_type() == x.scalar_type() && t.is_cpu(),
+                  "mmuni_cpu: ", name, " must be ", x.numel(), " contiguous ", x.scalar_type(),
+                  " values on the CPU, as x, not ", t.numel(), t.is_contiguous() ? " contiguous " : " scattered ",
+                  t.scalar_type(), " values");
+  return static_cast<char*>(t.data_ptr());
+}
+char* bytes_like(const std::optional<Tensor>& t, const Tensor& x, const char* name) {
+  return t ? bytes_like(*t, x, name) : nullptr;
+}
+const float* optional_values(const std::optional<Tensor>& t, int64_t count, const char* name) {
+  return t ? values_of(*t, count, name) : nullptr;
+}
 
 // x: (N, ..., C), contiguous.
 Pointwise job_of(const Tensor& x, bool gelu) {
-  STD_TORCH_CHECK(x.is_contiguous() && x.numel() > 0, "mmuni_cpu: expected contiguous memory (N, ..., C)");
+  STD_TORCH_CHECK(x.is_contiguous() && x.numel() > 0 && x.dim() >= 2 && x.is_cpu(),
+                  "mmuni_cpu: x must be contiguous, (N, ..., C) and on the CPU, not ", x.numel(), " values of ", x.dim(),
+                  " dimensions");
   Pointwise job = {};
   job.n = x.size(0), job.channels = x.size(x.dim() - 1), job.pixels = x.numel() / (job.n * job.channels);
   job.chunks = (job.pixels + PIXELS_A_CHUNK - 1) / PIXELS_A_CHUNK;
-  job.type = type_of(x), job.gelu = gelu;
+  job.type = type_of(x, "x"), job.gelu = gelu;
   job.x = static_cast<const char*>(x.data_ptr());
   return job;
 }
@@ -25,8 +39,9 @@ Pointwise job_of(const Tensor& x, bool gelu) {
 void apply(const Tensor& x, std::optional<Tensor> scale, std::optional<Tensor> shift, std::optional<Tensor> residual,
            const Tensor& out, bool gelu) {
   Pointwise job = job_of(x, gelu);
-  job.scale = coefficients(scale, job.n * job.channels), job.shift = coefficients(shift, job.n * job.channels);
-  job.residual = bytes(residual), job.out = bytes(out);
+  const int64_t count = job.n * job.channels;
+  job.scale = optional_values(scale, count, "scale"), job.shift = optional_values(shift, count, "shift");
+  job.residual = bytes_like(residual, x, "residual"), job.out = bytes_like(out, x, "out");
   run(job.n * job.chunks, [&](int64_t begin, int64_t end) { kernels().apply(job, begin, end); });
 }
 
@@ -34,9 +49,9 @@ void grad(const Tensor& grad, const Tensor& x, std::optional<Tensor> scale, std:
           std::optional<Tensor> slope, const Tensor& out, bool gelu) {
   Pointwise job = job_of(x, gelu);
   const int64_t count = job.n * job.channels;
-  job.scale = coefficients(scale, count), job.shift = coefficients(shift, count);
-  job.slope = coefficients(slope, count);
-  job.grad = bytes(grad), job.out = bytes(out);
+  job.scale = optional_values(scale, count, "scale"), job.shift = optional_values(shift, count, "shift");
+  job.slope = optional_values(slope, count, "slope");
+  job.grad = bytes_like(grad, x, "grad"), job.out = bytes_like(out, x, "out");
   run(job.n * job.chunks, [&](int64_t begin, int64_t end) { kernels().grad(job, begin, end); });
 }
 
@@ -44,11 +59,12 @@ void sums(const Tensor& x, std::optional<Tensor> grad, std::optional<Tensor> piv
           const Tensor& result, bool gelu) {
   Pointwise job = job_of(x, gelu);
   const int64_t row = 2 * job.channels;
-  job.grad = bytes(grad), job.out = bytes(out), job.pivot = coefficients(pivot, job.channels);
+  float* const total = values_of(result, job.n * row, "result");
+  job.grad = bytes_like(grad, x, "grad"), job.out = bytes_like(out, x, "out");
+  job.pivot = optional_values(pivot, job.channels, "pivot");
   std::vector<float> partial(job.n * job.chunks * row);
   job.sums = partial.data();
   run(job.n * job.chunks, [&](int64_t begin, int64_t end) { kernels().sums(job, begin, end); });
-  float* const total = floats(result, job.n * row);
   for (int64_t image = 0; image < job.n; ++image) {
     const float* const first = job.sums + image * job.chunks * row;
     for (int64_t c = 0; c < row; ++c) {

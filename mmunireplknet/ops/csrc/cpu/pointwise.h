@@ -24,7 +24,9 @@ struct Gelu {
 MMUNI_INLINE Gelu gelu_of(Vec x) {
   const Vec magnitude = as_float(as_bits(x) & 0x7fffffff);
   const Vec t = 1.f / (1.f + 0.3275911f * 0.70710678f * magnitude);
-  const Vec density = exp_of(-0.5f * x * x);
+  // Where the density is zero already, the square of x would overflow, and x times the least density would not be zero.
+  const Vec near = as_float(select(magnitude < 20.f, as_bits(x), as_bits(splat(20.f))));
+  const Vec density = exp_of(-0.5f * near * near);
   Vec p = splat(1.061405429f);
   p = p * t - 1.453152027f;
   p = p * t + 1.421413741f;
@@ -32,7 +34,7 @@ MMUNI_INLINE Gelu gelu_of(Vec x) {
   p = p * t + 0.254829592f;
   const Vec tail = 0.5f * p * t * density;
   const Vec phi = as_float(select(x < 0.f, as_bits(tail), as_bits(1.f - tail)));
-  return {x * phi, phi + x * density * 0.39894228f};
+  return {x * phi, phi + near * density * 0.39894228f};
 }
 
 template <bool GELU>
@@ -52,7 +54,8 @@ MMUNI_INLINE Vec coefficient(const float* values, int64_t offset, int n, float m
   return load_up_to(reinterpret_cast<const char*>(values + offset), FLOAT, n);
 }
 
-// Calls f(c, n, first, count) for each block of n <= L channels and each pixel [first, first + count) of the task.
+// Calls f(ic, c, n, i) for each pixel of the task and each block of n <= L channels from c on. ic is the place of their
+// coefficients (N, C), i that of their values in the map.
 template <typename F>
 MMUNI_INLINE void for_chunk(const Pointwise& job, int64_t task, F f) {
   const int64_t chunk = task % job.chunks, image = task / job.chunks;

@@ -45,9 +45,9 @@ MMUNI_INLINE void store_some(char* p, int type, Vec v, int n) {
 }
 
 // Goes through the pixels of rows [row0, row1) in blocks of L that may span rows, as the memory of a contiguous
-// plane does; `pixel(y, x)` is called for each, `block(first, n)` before each block.
-template <typename Block, typename Pixel>
-MMUNI_INLINE void for_blocks(int row0, int row1, int width, Block block, Pixel pixel) {
+// plane does; `pixel(y, x, i)` is called for each, the i-th of its block, and `block(first, n)` before each block.
+template <typename OnBlock, typename OnPixel>
+MMUNI_INLINE void for_blocks(int row0, int row1, int width, OnBlock block, OnPixel pixel) {
   int y = row0, x = 0;
   const int64_t end = static_cast<int64_t>(row1 - row0) * width;
   for (int64_t first = 0; first < end; first += L) {

@@ -1,0 +1,17 @@
+# Mask R-CNN with UniRepLKNet-F from ImageNet-1K on COCO, 1x, for one GPU. Not published, and not trained by us.
+# Our choice, not tuned: mmdet's Mask R-CNN with the drop path of this variant's published ImageNet training.
+_base_ = [
+    './_base_/mask-rcnn_unireplknet.py',
+    'mmdet::_base_/datasets/coco_instance.py',
+    './_base_/schedule_coco-1x.py',
+    './_base_/runtime_coco.py',
+]
+model = dict(
+    backbone=dict(
+        arch='f',
+        drop_path_rate=0.0,
+        init_cfg=dict(type='Pretrained', checkpoint='unireplknet_f_in1k'),
+    ),
+    neck=dict(in_channels=[48, 96, 192, 384]),
+)
+train_dataloader = dict(batch_size=4)
