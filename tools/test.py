@@ -14,9 +14,8 @@ import sys
 
 from mmengine.config import DictAction
 
-from mmunireplknet import CheckpointError
 from mmunireplknet.datasets.checks import missing_data_message
-from mmunireplknet.engine.launch import check_tta, evaluate, leave_process_group, load_config
+from mmunireplknet.engine.launch import STOPS, check_tta, evaluate, leave_process_group, load_config, sentence_of
 from mmunireplknet.models.checkpoint_file import find_checkpoint
 
 
@@ -74,5 +73,5 @@ def main() -> None:
 if __name__ == '__main__':
     try:
         main()
-    except CheckpointError as error:
-        sys.exit(f'CheckpointError: {error}')
+    except STOPS as error:
+        sys.exit(sentence_of(error))

@@ -14,9 +14,17 @@ import sys
 
 from mmengine.config import DictAction
 
-from mmunireplknet import CheckpointError
-from mmunireplknet.datasets.checks import missing_data_message
-from mmunireplknet.engine.launch import build_runner, leave_process_group, load_config, prepare_training
+from mmunireplknet.datasets.checks import missing_data_message, wrong_data_message
+from mmunireplknet.engine.launch import (
+    STOPS,
+    build_runner,
+    check_work_dir,
+    is_first_process,
+    leave_process_group,
+    load_config,
+    prepare_training,
+    sentence_of,
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,19 +54,24 @@ def main() -> None:
         cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
     except FileNotFoundError as error:
         sys.exit(str(error))
-    for loader in ('train_dataloader', 'val_dataloader'):
-        if cfg.get(loader) and (message := missing_data_message(cfg[loader].dataset)):
+    notes: list[str] = []
+    for data in [cfg[name].dataset for name in ('train_dataloader', 'val_dataloader') if cfg.get(name)]:
+        if message := wrong_data_message(data, notes) if is_first_process() else missing_data_message(data):
             sys.exit(message)
+    check_work_dir(cfg)
     try:
         prepare_training(cfg, args.resume, args.amp, args.auto_scale_lr, args.seed, args.deterministic)
     except ValueError as error:
         sys.exit(str(error))
-    build_runner(cfg).train()
+    runner = build_runner(cfg)
+    for note in notes:
+        runner.logger.warning(note)
+    runner.train()
     leave_process_group()
 
 
 if __name__ == '__main__':
     try:
         main()
-    except CheckpointError as error:
-        sys.exit(f'CheckpointError: {error}')
+    except STOPS as error:
+        sys.exit(sentence_of(error))

@@ -8,21 +8,16 @@ The layout is the one of mmseg::
 
 from __future__ import annotations
 
-import http.client
 import os
-import shutil
-import urllib.error
-import urllib.request
-import uuid
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .files import few, spread
+from . import files
+from .files import Progress, fetch, few, spread
 
 ROOT = 'data/ade/ADEChallengeData2016'
 ARCHIVE = 'ADEChallengeData2016.zip'
@@ -32,8 +27,6 @@ URLS = (
 )
 COUNTS: Mapping[str, int] = {'training': 20210, 'validation': 2000}
 NUM_CLASSES = 150
-
-Progress = Callable[[int, int], object]
 
 
 @dataclass(frozen=True)
@@ -149,53 +142,10 @@ def download(
     root = Path(root)
     if root.exists() and any(root.iterdir()):
         raise FileExistsError(f'{root} is there and not empty, so it is left alone; move it away or name another')
-    root.parent.mkdir(parents=True, exist_ok=True)
     archive = root.parent / ARCHIVE
-    if not archive.exists():
-        reasons: dict[str, None] = {}  # a set that keeps the order
-        for url in urls:
-            try:
-                _fetch(url, archive, progress, timeout)
-                break
-            except (OSError, http.client.HTTPException) as error:
-                reasons[str(getattr(error, 'reason', error))] = None
-        else:
-            raise ConnectionError(
-                f'{ARCHIVE} could not be fetched ({"; ".join(reasons)}): get it (about 1 GB) from {urls[0]} where '
-                f'there is a network, put it at {archive}, and run this again to unpack it to {root}'
-            )
+    fetch(urls, archive, 'about 1 GB', f'unpack it to {root}', progress, timeout)
     unpack(archive, root)
     return archive
-
-
-def _fetch(url: str, target: Path, progress: Progress | None, timeout: float) -> None:
-    partial = target.with_name(f'{target.name}.part')
-    start = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(url, headers={'Range': f'bytes={start}-'} if start else {})
-    try:
-        reply = urllib.request.urlopen(request, timeout=timeout)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # "range not satisfiable": there is nothing after what we have
-            raise
-        if error.headers.get('Content-Range', '').rpartition('/')[2] != str(start):
-            partial.unlink()
-            raise OSError(f'what {partial} held is no part of it and is deleted; run this again') from error
-        partial.rename(target)
-        return
-    with reply:
-        resumes = reply.status == 206 and reply.headers.get('Content-Range', '').startswith(f'bytes {start}-')
-        done = start if resumes else 0
-        length = reply.headers.get('Content-Length')
-        total = done + int(length) if length else 0
-        with partial.open('ab' if resumes else 'wb') as file:
-            while block := reply.read(1 << 20):
-                file.write(block)
-                done += len(block)
-                if progress is not None:
-                    progress(done, total)
-    if total and done != total:
-        raise OSError(f'the connection ended after {done} of {total} bytes; run this again to go on')
-    partial.rename(target)
 
 
 def unpack(archive: Path, root: Path) -> None:
@@ -204,17 +154,10 @@ def unpack(archive: Path, root: Path) -> None:
     Raises:
         ValueError: the archive is damaged or holds something else.
     """
-    folder = root.with_name(f'.{root.name}.{uuid.uuid4().hex[:8]}.partial')
-    try:
-        with zipfile.ZipFile(archive) as file:
-            file.extractall(folder)
-        inner = next((path.parent for path in sorted(folder.glob('*/images'))), None)
-        if inner is None or not (inner / 'annotations').is_dir():
-            raise ValueError(f'{archive} has no folder with images and annotations; expected {ARCHIVE} of ADE20K')
-        if root.exists():
-            root.rmdir()
-        inner.rename(root)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f'{archive} is damaged ({error}); delete it and fetch it again') from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    files.unpack(archive, root, _inner, f'with images and annotations; expected {ARCHIVE} of ADE20K')
+
+
+def _inner(folder: Path) -> Path | None:
+    return next(
+        (path.parent for path in sorted(folder.glob('*/images')) if (path.parent / 'annotations').is_dir()), None
+    )

@@ -1,13 +1,14 @@
-"""Say before a run starts, and in one sentence, that its data is not there."""
+"""Say before a run starts, and in one sentence, that its data is not there or not as it should be."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import ade20k, imagenet
+from . import ade20k, coco, imagenet
+from .annotations import Findings, check_annotations
 
 # Data sets of mmpretrain that fetch themselves.
 _SELF_FETCHING = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
@@ -27,17 +28,100 @@ def missing_data_message(dataset: str | os.PathLike[str] | Mapping[str, Any] | N
         return None
     if not isinstance(dataset, Mapping):
         return _message([Path(dataset)], str(dataset), '', {})
-    if 'datasets' in dataset or 'dataset' in dataset:
-        inner = [*(dataset.get('datasets') or []), dataset.get('dataset')]
-        messages = (missing_data_message(cfg) for cfg in inner if isinstance(cfg, Mapping))
-        return next((message for message in messages if message), None)
+    for cfg in _innermost(dataset):
+        kind = _kind(cfg)
+        if kind not in _SELF_FETCHING and _local(cfg):
+            root = str(cfg.get('data_root') or '')
+            if message := _message(_paths(root, cfg), root, kind, cfg):
+                return message
+    return None
+
+
+def wrong_data_message(dataset: Mapping[str, Any] | None, notes: list[str] | None = None) -> str | None:
+    """What is missing of a data set, or else what is wrong with its annotation file in COCO's format; None if nothing.
+
+    Args:
+        dataset: as for ``missing_data_message``.
+        notes: takes a sentence for each kind of thing that mmdet passes over without a word, such as a box of no size.
+
+    Returns:
+        One sentence, or None.
+    """
+    if message := missing_data_message(dataset):
+        return message
+    for cfg in _innermost(dataset or {}):
+        file = _annotation_file(cfg)
+        if file is None:
+            continue
+        folder = _image_folder(cfg)
+        found = check_annotations(file, folder, _classes(cfg), _uses_masks(cfg))
+        if not found.of_boxes and _kind(cfg) != 'CocoDataset':
+            continue
+        if found.faults:
+            return _first_fault(found, folder)
+        if not found.usable and (cfg.get('filter_cfg') or {}).get('filter_empty_gt'):
+            return f'{file} has no image with a box of a class of the config; name its classes in metainfo, or fill it.'
+        if notes is not None:
+            notes += found.notes
+    return None
+
+
+def _innermost(dataset: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The data sets in a wrapper or a data loader; a data set itself is the only one."""
+    if 'datasets' not in dataset and 'dataset' not in dataset:
+        yield dataset
+        return
+    for cfg in [*(dataset.get('datasets') or []), dataset.get('dataset')]:
+        if isinstance(cfg, Mapping):
+            yield from _innermost(cfg)
+
+
+def _kind(dataset: Mapping[str, Any]) -> str:
     kind = dataset.get('type', '')
     kind = kind if isinstance(kind, str) else getattr(kind, '__name__', '')
-    backend = (dataset.get('backend_args') or {}).get('backend', 'local')
-    if kind.rpartition('.')[2] in _SELF_FETCHING or backend not in ('local', 'LocalBackend'):
+    return kind.rpartition('.')[2]
+
+
+def _local(dataset: Mapping[str, Any]) -> bool:
+    return (dataset.get('backend_args') or {}).get('backend', 'local') in ('local', 'LocalBackend')
+
+
+def _annotation_file(dataset: Mapping[str, Any]) -> str | None:
+    file = dataset.get('ann_file')
+    if not isinstance(file, str) or not file.endswith('.json') or not _local(dataset):
         return None
-    root = str(dataset.get('data_root') or '')
-    return _message(_paths(root, dataset), root, kind, dataset)
+    path = os.path.join(str(dataset.get('data_root') or ''), file)
+    return None if '://' in path else path
+
+
+def _image_folder(dataset: Mapping[str, Any]) -> str:
+    prefix = dataset.get('data_prefix') or {}
+    inner = prefix.get('img') or prefix.get('img_path') or '' if isinstance(prefix, Mapping) else str(prefix)
+    return os.path.join(str(dataset.get('data_root') or ''), inner)
+
+
+def _classes(dataset: Mapping[str, Any]) -> Sequence[str] | None:
+    """Names of the classes, where the config or the data set's own type tells them."""
+    if classes := (dataset.get('metainfo') or {}).get('classes'):
+        return [classes] if isinstance(classes, str) else classes
+    if _kind(dataset) != 'CocoDataset':
+        return None
+    from mmdet.datasets import CocoDataset  # what builds the data set a moment later
+
+    return CocoDataset.METAINFO['classes']
+
+
+def _uses_masks(dataset: Mapping[str, Any]) -> bool:
+    return any(step.get('with_mask') for step in dataset.get('pipeline') or [] if isinstance(step, Mapping))
+
+
+def _first_fault(found: Findings, folder: str) -> str:
+    if len(found.faults) == 1:
+        return f'{found.faults[0]}.'
+    return (
+        f'{found.faults[0]}, and there are {len(found.faults) - 1} other kinds of faults, which '
+        f'python tools/dataset_preparation/coco.py --annotations {found.file} --images {folder or "."} lists.'
+    )
 
 
 def _paths(root: str, dataset: Mapping[str, Any]) -> list[Path]:
@@ -69,7 +153,7 @@ def _remedy(root: str, kind: str, dataset: Mapping[str, Any]) -> str:
         digits = len([label for label in classes if label != 'background'])
         option = {0: '', 5: '', 10: ' --difficulty hard'}.get(digits, f' --num-classes {digits}')
         return f'python tools/dataset_preparation/digit_scenes.py --out {root.rstrip("/")}{option} makes it'
-    if 'adechallengedata2016' in name or kind.rpartition('.')[2] == 'ADE20KDataset':
+    if 'adechallengedata2016' in name or kind == 'ADE20KDataset':
         place = root.rstrip('/')
         option = '' if place in ('', ade20k.ROOT) else f' --root {place}'
         return (
@@ -77,8 +161,12 @@ def _remedy(root: str, kind: str, dataset: Mapping[str, Any]) -> str:
             f'python tools/dataset_preparation/ade20k.py{option} --download brings it there from {ade20k.URLS[0]}'
         )
     if 'coco' in name:
-        return f'the 2017 images and annotations from https://cocodataset.org/#download must lie in {root}'
-    if 'imagenet' in name or kind.rpartition('.')[2] in ('ImageNet', 'ImageNet21k'):
+        option = '' if root.rstrip('/') in ('', coco.ROOT) else f' --root {root.rstrip("/")}'
+        return (
+            f'COCO 2017 must lie in {root or coco.ROOT}, and python tools/dataset_preparation/coco.py{option} '
+            f'--download brings it there from {coco.URL} (https://cocodataset.org/#download)'
+        )
+    if 'imagenet' in name or kind in ('ImageNet', 'ImageNet21k'):
         key = '22k' if '21k' in name + kind or '22k' in name else '1k'
         data = imagenet.DATA[key]
         options = ('' if key == '1k' else ' --data 22k') + ('' if root in ('', data.root) else f' --root {root}')

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
+import tempfile
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,14 +15,39 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.registry import RUNNERS, init_default_scope
+from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
+from torch.utils.data import DataLoader
 
+from ..datasets.sample_errors import SampleError, name_samples
 from ..models.checkpoint import load_checkpoint
+from ..models.checkpoint_file import CheckpointError
 from ..models.reparam import switch_to_deploy
 from .atomic_checkpoint_hook import latest_checkpoint
+from .non_finite_loss_hook import NonFiniteLossError
 
-__all__ = ['build_runner', 'check_tta', 'evaluate', 'leave_process_group', 'load_config', 'prepare_training']
+__all__ = [
+    'STOPS', 'ConfigError', 'build_runner', 'check_tta', 'check_work_dir', 'evaluate', 'is_first_process',
+    'leave_process_group', 'load_config', 'prepare_training', 'sentence_of',
+]  # fmt: skip
+
+
+class ConfigError(ValueError):
+    """A config that nothing can be built from; the message says which entry."""
+
+
+STOPS = (CheckpointError, ConfigError, NonFiniteLossError, SampleError)  # their message is all that a user needs
+
+
+def sentence_of(error: BaseException) -> str:
+    """What a tool says when one of ``STOPS`` ends it."""
+    return f'{type(error).__name__}: {error.sentence if isinstance(error, SampleError) else error}'
+
+
+def is_first_process() -> bool:
+    """Whether this is the first or the only process, told before there is a process group."""
+    ranks = (os.environ.get(name) for name in ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'))
+    return next((rank for rank in ranks if rank is not None), '0') == '0'
 
 
 def load_config(
@@ -46,6 +74,27 @@ def load_config(
     cfg.launcher = launcher
     cfg.work_dir = work_dir or cfg.get('work_dir') or str(Path('work_dirs', path.stem))
     return cfg
+
+
+def check_work_dir(cfg: Config) -> None:
+    """Make the folders of logs and checkpoints, and write to them.
+
+    Raises:
+        ConfigError: That fails.
+    """
+    hook = cfg.get('default_hooks', {}).get('checkpoint') or {}
+    for folder in filter(None, [cfg.work_dir, hook.get('out_dir')]):
+        if '://' in folder:
+            continue
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b'x')
+        except OSError as error:
+            raise ConfigError(
+                f'nothing can be written to {folder} ({error.strerror}), where logs and checkpoints are to go: '
+                'make it writable, or name another by --work-dir.'
+            ) from error
 
 
 def prepare_training(
@@ -92,12 +141,12 @@ def prepare_training(
 
 
 def _use_safe_hooks(cfg: Config) -> None:
-    """Write checkpoints atomically, with the states of all random generators; refuse those of another task."""
+    """Checkpoints are written atomically with all random states; those of another task or of NaN are refused."""
     hooks = cfg.setdefault('default_hooks', ConfigDict())
     checkpoint = hooks.setdefault('checkpoint', ConfigDict(type='CheckpointHook', interval=1))
     if checkpoint and checkpoint.get('type') == 'CheckpointHook':
         checkpoint.type = 'AtomicCheckpointHook'
-    _add_hooks(cfg, 'CheckpointFitHook', 'RandomStateHook')
+    _add_hooks(cfg, 'CheckpointFitHook', 'NonFiniteLossHook', 'RandomStateHook')
 
 
 def _add_hooks(cfg: Config, *names: str) -> None:
@@ -119,10 +168,41 @@ def _use_amp(cfg: Config) -> None:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the Runner, on GPUs or on CPU processes (gloo) alike."""
+    """Build the Runner, on GPUs or on CPU processes (gloo) alike; what fails in a data pipeline names its sample.
+
+    Raises:
+        ConfigError: The config gives something an argument that it does not take.
+    """
     if cfg.launcher != 'none' and not torch.cuda.is_available():
         _use_cpu_processes(cfg)
-    return Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+    try:
+        runner = Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+    except TypeError as error:
+        if message := _unknown_argument(str(error)):
+            raise ConfigError(message) from error
+        raise
+    build = runner.build_dataloader  # what the loops call; their workers may start before any hook is asked
+
+    def build_naming(*args: Any, **kwargs: Any) -> DataLoader:
+        loader = build(*args, **kwargs)
+        name_samples(loader.dataset)
+        return loader
+
+    runner.build_dataloader = build_naming  # type: ignore[method-assign]
+    return runner
+
+
+def _unknown_argument(error: str) -> str | None:
+    """One sentence for the TypeError of an unknown argument, else None."""
+    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", error)
+    if found is None:
+        return None
+    name, argument = found.groups()
+    cls = MODELS.get(name)
+    known = list(inspect.signature(cls).parameters) if cls is not None else []
+    near = get_close_matches(argument, known, n=1)
+    hint = f', did you mean {near[0]}?' if near else f'; it takes {", ".join(known)}.' if known else '.'
+    return f'{name} in the config takes no argument {argument!r}{hint}'
 
 
 def _use_cpu_processes(cfg: Config) -> None:
@@ -132,6 +212,8 @@ def _use_cpu_processes(cfg: Config) -> None:
     os.environ.setdefault('LOCAL_RANK', '0')
     wrapper = cfg.get('model_wrapper_cfg') or ConfigDict(type='MMDistributedDataParallel')
     cfg.model_wrapper_cfg = ConfigDict({**wrapper, 'device_ids': None})
+    if sharded := cfg.get('strategy', {}).get('model_wrapper'):  # FSDP would take the rank for a CUDA device
+        sharded.device_id = torch.device('cpu')
     _replace_sync_bn(cfg.model)
 
 

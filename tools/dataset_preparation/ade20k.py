@@ -14,6 +14,7 @@ import sys
 
 from mmunireplknet.datasets import ade20k
 from mmunireplknet.datasets.checks import missing_data_message
+from mmunireplknet.datasets.files import print_progress
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -24,16 +25,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def progress(done: int, total: int) -> None:
-    share = f' of {total / 1e6:.0f} MB, {100 * done / total:.1f} %' if total else ' MB'
-    print(f'\r{done / 1e6:.0f}{share}', end='', flush=True)
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.download and not ade20k.check(args.root, samples=0).whole:
         try:
-            archive = ade20k.download(args.root, progress=progress)
+            archive = ade20k.download(args.root, progress=print_progress)
         except (OSError, ValueError) as error:
             sys.exit(f'{error}')
         print(f'\nunpacked to {args.root}; {archive} may be deleted')

@@ -1,0 +1,192 @@
+"""Bad input to tools/train.py: one clear sentence, and checkpoints that were written stay as they were."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from mmunireplknet.engine.launch import check_work_dir, load_config
+
+from ..coco_stand_in import config, edit, generate
+from .test_command_line import RUNS, run_tool
+
+pytest.importorskip('mmdet.models')
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    return generate(tmp_path_factory.mktemp('coco') / 'coco')
+
+
+@pytest.fixture
+def root(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / 'coco')
+
+
+def train(root, *arguments, **options):
+    """What the tool says, and the work dir."""
+    work_dir = root.parent / 'run'
+    name = f'bad{next(RUNS)}'  # mmengine keeps visualizers and loggers by name for the life of a process
+    values = {'visualizer.name': name, 'experiment_name': name, **options}
+    flags = ['--cfg-options', *(f'{key}={value}' for key, value in values.items())]
+    file = config(root.parent / 'config.py', root)
+    return run_tool('train.py', file, '--work-dir', work_dir, *arguments, *flags), work_dir
+
+
+def one_sentence(message, *parts):
+    assert isinstance(message, str)
+    assert '\n' not in message
+    assert 'Traceback' not in message
+    for part in parts:
+        assert str(part) in message
+    return True
+
+
+# --------------------------------------------------------------------------------- known before the training starts
+
+
+def image(**values):
+    return lambda content: content['images'][2].update(values)
+
+
+def annotation(**values):
+    return lambda content: content['annotations'][5].update(values)
+
+
+BEFORE = {
+    'missing image': (image(file_name='lost.jpg'), ['train2017/lost.jpg, image 3', 'does not exist; put it there']),
+    'image of no size': (image(width=0), ['image 3 (000000000002.jpg) is 48 high and 0 wide; write the size']),
+    'class id': (annotation(category_id=81), ['annotation 6 of 000000000002.jpg', 'category id 81', 'correct the id']),
+    'mask': (
+        annotation(segmentation=dict(size=[64, 48], counts=[0, 3072])),
+        ['annotation 6 of 000000000002.jpg', 'a mask of 64 by 48 pixels', 'write its mask for the image'],
+    ),
+    'box': (annotation(bbox=[30, 30, -9, 5]), ['annotation 6 of 000000000002.jpg', 'negative size; expected [x, y']),
+}
+
+
+@pytest.mark.parametrize('name', BEFORE)
+def test_annotation_files_are_read_before_the_training(root, name):
+    damage, parts = BEFORE[name]
+    file = edit(root, damage, 'train2017')
+    work_dir = root.parent / 'run'
+    work_dir.mkdir()
+    (work_dir / 'iter_7.pth').write_bytes(b'from before')
+    message, _ = train(root)
+    one_sentence(message, file, *parts)
+    assert [path.name for path in work_dir.iterdir()] == ['iter_7.pth'], 'nothing was started'
+    assert (work_dir / 'iter_7.pth').read_bytes() == b'from before'
+
+
+def test_an_image_file_without_content(root):
+    path = root / 'train2017/000000000001.jpg'
+    path.write_bytes(b'')
+    message, work_dir = train(root)
+    one_sentence(message, f'{path}, image 2 of', 'has no content; put it there, or remove it')
+    assert not work_dir.exists()
+
+
+def test_a_work_dir_that_cannot_be_written(root, tmp_path):
+    (tmp_path / 'run').write_text('a file')
+    message, work_dir = train(root)
+    one_sentence(message, f'ConfigError: nothing can be written to {work_dir} (', '--work-dir')
+    cfg = load_config(str(config(tmp_path / 'config.py', root)), {'default_hooks.checkpoint.out_dir': '/proc/nowhere'})
+    cfg.work_dir = str(tmp_path / 'other')
+    with pytest.raises(ValueError, match=r'nothing can be written to /proc/nowhere .*make it writable'):
+        check_work_dir(cfg)
+    assert os.listdir(tmp_path / 'other') == [], 'the trial leaves nothing behind'
+
+
+@pytest.mark.parametrize(
+    ('argument', 'parts'),
+    [
+        ('drop_path', ["takes no argument 'drop_path', did you mean drop_path_rate?"]),
+        ('zzz', ["takes no argument 'zzz'; it takes arch, in_channels, "]),
+    ],
+)
+def test_a_misspelt_backbone_argument(root, argument, parts):
+    message, work_dir = train(root, **{f'model.backbone.{argument}': 0.1})
+    one_sentence(message, 'ConfigError: UniRepLKNet in the config', *parts)
+    assert not list(work_dir.glob('*.pth'))
+
+
+def test_a_checkpoint_of_another_task(root, tmp_path):
+    file = tmp_path / 'segmentor.pth'
+    names = ('backbone.downsample_layers.0.0.weight', 'decode_head.conv_seg.weight')
+    torch.save(dict(state_dict={name: torch.zeros(1) for name in names}, meta={}), file)
+    message, work_dir = train(root, load_from=file)
+    one_sentence(message, 'CheckpointError: the checkpoint is of another task', 'decode_head', 'Take the config of its')
+    assert not list(work_dir.glob('*.pth'))
+
+
+# ---------------------------------------------------------------------------- what mmdet leaves out: told, and trained
+
+
+def test_a_box_of_no_size_and_an_image_without_boxes(root):
+    def damage(content):
+        content['annotations'][0]['bbox'][3] = 0
+        del content['annotations'][6:]
+
+    edit(root, damage)
+    message, work_dir = train(root)
+    assert message is None
+    text = next(work_dir.glob('*/*.log')).read_text()
+    assert 'annotation 1 of 000000000000.jpg has a box of 20 by 0 pixels, so mmdet leaves it out; correct it' in text
+    assert '1 of 4 images have no box, the first is image 4 (000000000003.jpg)' in text
+    assert (work_dir / 'iter_2.pth').exists()
+
+
+# ------------------------------------------------------------------------- only known when an image is opened, or later
+
+
+def checked(work_dir):
+    """The checkpoint of the first iteration is whole, and the one to resume from."""
+    assert [path.name for path in work_dir.glob('*.pth')] == ['iter_1.pth']
+    checkpoint = torch.load(work_dir / 'iter_1.pth', weights_only=False)
+    assert checkpoint['meta']['iter'] == 1
+    assert all(torch.isfinite(value).all() for value in checkpoint['state_dict'].values())
+    assert (work_dir / 'last_checkpoint').read_text() == str(work_dir / 'iter_1.pth')
+    return True
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_corrupt_jpeg(root, workers):
+    path = root / 'train2017/000000000003.jpg'
+    path.write_bytes(path.read_bytes()[:2000])
+    message, work_dir = train(root, **{'train_dataloader.num_workers': workers})
+    one_sentence(message, f'SampleError: {path} (image id 4) cannot be loaded', 'LoadImageFromFile', 'repair it, or')
+    assert checked(work_dir)
+
+
+def test_an_image_of_another_size_than_its_annotations(root):
+    path = shutil.copy(root / 'val2017/000000000000.jpg', root / 'train2017/000000000003.jpg')
+
+    def turned(content):
+        content['images'][3].update(height=64, width=48)
+        del content['annotations'][7]  # the mask with a size of its own
+
+    edit(root, turned)
+    message, work_dir = train(root)
+    one_sentence(message, f'{path} (image id 4) is 48 by 64 pixels', 'annotations are for 64 by 48; write them for')
+    assert checked(work_dir)
+
+
+def test_a_loss_that_is_not_finite(root):
+    options = {'optim_wrapper.optimizer.lr': 1e30, 'train_cfg.max_iters': 4}
+    message, work_dir = train(root, **options)
+    one_sentence(
+        message, 'NonFiniteLossError: the loss of iteration 2 is not finite (loss nan', 'train2017/000000000002.jpg',
+        work_dir / 'iter_1.pth', 'is kept, go on from it by --resume with a smaller learning rate',
+    )  # fmt: skip
+    assert checked(work_dir)
+
+
+def test_the_hook_is_in_every_run(root):
+    message, work_dir = train(root)
+    assert message is None
+    dumped = (work_dir / 'config.py').read_text()
+    assert dumped.count("type='NonFiniteLossHook'") == 1
+    records = next(work_dir.glob('*/vis_data/scalars.json')).read_text().splitlines()
+    assert len([json.loads(line) for line in records]) == 2
