@@ -10,13 +10,17 @@ import torch.distributed as dist
 from mmunireplknet.ops import backends, build
 
 
-@pytest.fixture(autouse=True)
-def single_thread() -> Iterator[None]:
+@pytest.fixture(scope='session', autouse=True)
+def single_thread() -> None:
     """The tests are too small to gain from more, and several test runs on one machine lose much."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def still_single_thread() -> Iterator[None]:
+    """Whatever a test does."""
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

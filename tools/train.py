@@ -67,6 +67,7 @@ def main() -> None:
     for note in notes:
         runner.logger.warning(note)
     runner.train()
+    del runner
     leave_process_group()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import re
@@ -218,9 +219,14 @@ def _use_cpu_processes(cfg: Config) -> None:
 
 
 def leave_process_group() -> None:
-    """Let the processes end together: one that outlives the others aborts when their connections close."""
+    """Let the processes end together: one that outlives the others aborts when their connections close.
+
+    The runner must be out of use by then: what it holds in cycles (DDP, optimizer) is collected here, since a process
+    that finds it at its very end aborts now and then.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 

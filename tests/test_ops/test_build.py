@@ -328,10 +328,8 @@ def test_a_library_that_is_there_is_replaced_whole(package: Path, compiler: Call
     """Who has the old file open keeps it: it is another file, not one written over."""
     compiler(WORKS)
     library = build.build()
-    before = library.stat().st_ino
+    before, text = library.stat().st_ino, library.read_text()
     with library.open() as old:
-        text = old.read()
-        old.seek(0)
         build.build()
         assert old.read() == text
         assert library.stat().st_ino != before
