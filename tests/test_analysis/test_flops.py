@@ -54,6 +54,7 @@ def documented(name, result):
     return params in cells and cells[-1] == f'{result.total / 1e9:.2f}'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', published_coco.RECIPES)
 def test_detection(name):
     pytest.importorskip('mmdet.models')
@@ -65,6 +66,7 @@ def test_detection(name):
     assert result.deploy_params < result.train_params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ADE20K)
 def test_segmentation(name):
     pytest.importorskip('mmseg.models')

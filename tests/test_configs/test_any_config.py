@@ -6,6 +6,8 @@ from mmengine.logging import MMLogger
 from .any_config import check
 from .matrix import HEADINGS, PACKAGES, ROWS, record, rows, section
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     'row',

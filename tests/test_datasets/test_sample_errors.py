@@ -8,6 +8,8 @@ from torch.utils.data import DataLoader
 
 from mmunireplknet.datasets.sample_errors import NamingCompose, SampleError, name_samples
 
+pytestmark = pytest.mark.slow
+
 
 class Load:
     """What mmcv's LoadImageFromFile and the LoadAnnotations of mmseg do."""

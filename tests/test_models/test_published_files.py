@@ -151,6 +151,7 @@ def test_load_checkpoint(files, kind):
     assert len(report['unexpected']) == len(state), 'the EMA copies, and nothing else'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', SMALL)
 @pytest.mark.parametrize('ema_hook', [False, True])
 def test_load_from(files, kind, ema_hook, tmp_path, caplog):
@@ -238,6 +239,7 @@ def through_load_checkpoint(cfg, file, tmp_path):
     load_checkpoint(build(cfg), file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('through', [through_load_from, through_load_checkpoint])
 @pytest.mark.parametrize(
     ('model', 'given'), [('cascade', 'upernet'), ('upernet', 'cascade'), ('upernet', 'classifier')]

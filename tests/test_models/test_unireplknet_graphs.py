@@ -45,6 +45,7 @@ def test_trace_of_a_trunk():
         assert relative_error(traced(image((2, 3, 80, 48)))[0], model(image((2, 3, 80, 48)))[0]) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('deploy', [False, True])
 @pytest.mark.parametrize('channels_last', [False, True])
 def test_compile_without_graph_breaks(deploy, channels_last):

@@ -192,6 +192,7 @@ def run(program: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, env=env)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc, and limits the memory of a process as Linux does')
 def test_out_of_memory(cpp: Path) -> None:
     """It raises, and afterwards everything works as before. The maps take 67 MB, and their tiles three times that."""
@@ -205,6 +206,7 @@ def test_out_of_memory(cpp: Path) -> None:
 CHOICE = 'from mmunireplknet.ops import backends; print(backends.why_not("cpp"))'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['protable', 'AVX2', 'sse'])
 def test_unknown_instruction_set(name: str, cpp: Path) -> None:
     done = run(CHOICE, MMUNI_CPU_CAPABILITY=name)
@@ -212,5 +214,6 @@ def test_unknown_instruction_set(name: str, cpp: Path) -> None:
     assert 'the compiled CPU kernels are not used' in done.stderr
 
 
+@pytest.mark.slow
 def test_no_wish_for_an_instruction_set(cpp: Path) -> None:
     assert run(CHOICE, MMUNI_CPU_CAPABILITY='').stdout == '\n'

@@ -15,6 +15,8 @@ from mmunireplknet import UniRepLKNet
 from mmunireplknet.analysis import profiling
 from mmunireplknet.analysis.benchmark import PUBLISHED, ROWS, Check, judge, measure
 
+pytestmark = pytest.mark.slow
+
 PLAIN, LARGE, BRANCHES = 12, 15, 6  # blocks of UniRepLKNet-T without and with a Dilated Reparam Block, and its branches
 DEPTHWISE = 'mmuni::depthwise_conv2d'
 ATTEMPTS = 2

@@ -12,6 +12,8 @@ from mmunireplknet.engine.launch import check_work_dir, load_config
 from ..coco_stand_in import config, edit, generate
 from .test_command_line import RUNS, run_tool
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip('mmdet.models')
 
 
