@@ -44,10 +44,11 @@ class LayerNorm2d(nn.LayerNorm):
         """Normalize ``x`` (N, C, H, W)."""
         y = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
         y = y.permute(0, 3, 1, 2)
-        return y if _is_channels_last(x) else y.contiguous()
+        return y if is_channels_last(x) else y.contiguous()
 
 
-def _is_channels_last(x: Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
+    """Whether ``x`` (N, C, H, W) lies in channels_last memory and not, as a map of one pixel does, in both layouts."""
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 

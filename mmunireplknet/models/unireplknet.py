@@ -23,7 +23,7 @@ from .arch_zoo import get_arch
 from .block import UniRepLKNetBlock
 from .checkpoint import adapt_stem, check_state_dict, load_pretrained
 from .dilated_reparam import check_branch_sizes
-from .layers import LayerNorm2d
+from .layers import LayerNorm2d, is_channels_last
 
 __all__ = ['UniRepLKNet', 'UniRepLKNetBlock']
 
@@ -55,9 +55,9 @@ class UniRepLKNet(BaseModule):
         deploy: Build the reparameterized form (inference).
         gap_before_final_norm: Return the pooled, normed (N, C) feature instead of maps; with
             ``out_indices=(3,)`` this is the trunk of the published classifier.
-        channels_last: Convert the input to channels_last memory, which the whole backbone then keeps: the
-            block's permutes become views. False keeps the layout of the input; None converts where that is known to
-            be faster, on a CPU with the compiled kernels.
+        channels_last: Compute in channels_last memory: the block's permutes become views. False computes in the
+            layout of the input; None chooses what is known to be faster, channels_last on a CPU with the compiled
+            kernels. The outputs have the layout of the input in every case.
         fused: Compute blocks by fused operators where there are any, with the same results; False computes every
             layer by itself, as published.
         init_cfg: mmengine's initialisation. ``dict(type='Pretrained', checkpoint=...)`` takes a file, an https
@@ -150,18 +150,25 @@ class UniRepLKNet(BaseModule):
 
         Returns:
             One map (N, dims[i], ceil(H / 2^(i+2)), ceil(W / 2^(i+2))) for every i of ``out_indices``; with
-            ``gap_before_final_norm`` one (N, dims[-1]) feature.
+            ``gap_before_final_norm`` one (N, dims[-1]) feature. The maps have the memory layout of ``x``.
         """
+        layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
         if self._wants_channels_last(x):
             x = x.contiguous(memory_format=torch.channels_last)
         outs = []
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
             x = stage(downsample(x))
             if i in self.out_indices:
-                outs.append(self.norm(x.mean((2, 3))) if self.gap_before_final_norm else getattr(self, f'norm{i}')(x))
+                outs.append(self._output(i, x, layout))
             if i == self.out_indices[-1]:
                 break
         return tuple(outs)
+
+    def _output(self, i: int, x: Tensor, layout: torch.memory_format) -> Tensor:
+        if self.gap_before_final_norm:
+            return self.norm(x.mean((2, 3)))
+        # What follows may depend on the layout: mmcv's RoIAlign reads every map as if it were contiguous.
+        return getattr(self, f'norm{i}')(x).contiguous(memory_format=layout)
 
     def _wants_channels_last(self, x: Tensor) -> bool:
         if self.channels_last is not None or compat.needs_standard_operators():

@@ -205,7 +205,10 @@ def compare(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: f
 
 
 def check(row: Row) -> list[str]:
-    """Build, one training step, prediction, and the same prediction in deploy form; the row's cells of the table."""
+    """Build, one training step, prediction, and the same prediction in deploy form; the row's cells of the table.
+
+    The training form computes in the memory layout that it chooses by itself, the deploy form in that of its input.
+    """
     with DefaultScope.overwrite_default_scope(row.library):
         cfg, model = build(row)
         data = small_data(row, cfg, model)
@@ -221,6 +224,7 @@ def check(row: Row) -> list[str]:
         size = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
         switch_to_deploy(model)
         assert backbone_of(model).deploy
+        backbone_of(model).channels_last = False
         compare(outcome(model, data(False)), expected)
         other = data(False)
         other['inputs'] = other['inputs'].flip(-1, 1)

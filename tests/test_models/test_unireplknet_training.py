@@ -4,6 +4,8 @@ import re
 
 import pytest
 import torch
+import torchvision
+from mmcv.ops import roi_align
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -194,7 +196,7 @@ def layouts(model, x):
 @pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('given', [torch.contiguous_format, torch.channels_last])
 def test_channels_last(deploy, training, given):
-    """Equal to NCHW, channels_last from the first map to the last, and not one copy in a permute."""
+    """Equal to NCHW, channels_last from the first map to the last, not one copy in a permute, and out as it came in."""
     plain, model = tiny(deploy=deploy), tiny(deploy=deploy, channels_last=True)
     x = image((2, 3, 96, 64))
     expected = plain.train(training)(x)
@@ -204,7 +206,7 @@ def test_channels_last(deploy, training, given):
     assert len(copies) == 12
     assert not any(copies)
     for out, other in zip(outs, expected, strict=True):
-        assert out.is_contiguous(memory_format=torch.channels_last)
+        assert out.is_contiguous(memory_format=given)
         assert relative_error(out.detach(), other.detach()) < 1e-5
 
 
@@ -225,10 +227,22 @@ def test_layout_of_the_input_is_kept(deploy, training):
 
 @pytest.mark.parametrize('options', [{}, dict(fused=False)])
 def test_layout_by_default(options):
-    """By itself it takes the layout that its kernels want, and leaves the input's where there are none."""
-    outs = tiny(**options).eval()(image((2, 3, 96, 64)))
+    """By itself it computes in the layout that its kernels want, or in the input's where there are none."""
+    seen, _, outs = layouts(tiny(**options).eval(), image((2, 3, 96, 64)))
     converts = not options and not backends.why_not('cpp')
-    assert all(out.is_contiguous(memory_format=torch.channels_last) == converts for out in outs)
+    assert all(last == converts for _, last in seen)
+    assert all(out.is_contiguous() for out in outs)
+
+
+@pytest.mark.parametrize('channels_last', [None, False, True])
+@pytest.mark.parametrize('deploy', [False, True])
+def test_operators_that_take_maps_for_contiguous(channels_last, deploy):
+    """mmcv's RoIAlign reads a channels_last map as if it were contiguous, and says nothing (mmcv issue 2203)."""
+    out = tiny(deploy=deploy, channels_last=channels_last).eval()(image((2, 3, 96, 64)))[0].detach()
+    rois = out.new_tensor([[0, 2, 3, 40, 50], [1, 5, 5, 30, 70]])
+    features = roi_align(out, rois, (7, 7), 1 / 4)
+    expected = torchvision.ops.roi_align(out, rois, (7, 7), 1 / 4, aligned=True)
+    assert relative_error(features, expected) < 1e-5
 
 
 def test_gradients_in_channels_last():
