@@ -185,7 +185,7 @@ setup(
         'det': frameworks('onedl-mmengine', 'onedl-mmdetection'),
         'seg': frameworks('onedl-mmengine', 'onedl-mmsegmentation'),
         'cls': frameworks('onedl-mmengine', 'onedl-mmpretrain'),
-        'export': ['onnx', 'onnxruntime', 'onnxscript'],
+        'export': at_least('requirements/export.txt'),
         'demo': at_least('requirements/demo.txt'),
         'dev': at_least('requirements/dev.txt'),
     },

@@ -44,7 +44,7 @@ REQUIREMENTS = {
     'default': ('requirements.txt', 'requirements/mmcv.txt', '.venv'),
     'openmmlab': ('requirements/openmmlab.txt', 'requirements/openmmlab-mmcv.txt', '.venv-openmmlab'),
 }
-COMMON = ('requirements/build.txt', 'requirements/demo.txt', 'requirements/dev.txt')
+COMMON = ('requirements/build.txt', 'requirements/demo.txt', 'requirements/dev.txt', 'requirements/export.txt')
 PCH_HEADER = 'mmcv/ops/csrc/common/pytorch_cpp_helper.hpp'
 
 
