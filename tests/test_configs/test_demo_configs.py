@@ -10,7 +10,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmunireplknet.datasets.digit_scenes import metainfo
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
-DEMOS = sorted(CONFIGS.glob('demo_*.py'))
+DEMOS = sorted(CONFIGS.glob('demo_upernet_*.py'))
 
 
 def load(path):
