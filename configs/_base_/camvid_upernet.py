@@ -1,5 +1,5 @@
 # CamVid, 367 street scenes to train on, from scratch on two CPU cores in half an hour: the demo's head and optimizer.
-# The data set lies in data/camvid; another place: --cfg-options {train,val,test}_dataloader.dataset.data_root=PLACE
+# The data set lies in data/camvid; another place: --cfg-options data_root=PLACE
 _base_ = './demo_upernet.py'
 data_root = 'data/camvid'
 _classes = ['sky', 'building', 'pole', 'road', 'pavement', 'tree', 'sign', 'fence', 'car', 'pedestrian', 'bicyclist']

@@ -58,7 +58,7 @@ def load_config(
 
     Args:
         file: Path of the config.
-        options: ``--cfg-options``.
+        options: ``--cfg-options``. ``data_root`` moves every data set and evaluator of the config there.
         work_dir: Wins over the config's; the default is work_dirs/<name of the config>.
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
 
@@ -71,10 +71,26 @@ def load_config(
         hint = f' The nearest in {path.parent}: {", ".join(near)}.' if near else ''
         raise FileNotFoundError(f'There is no config {file}.{hint}')
     cfg = Config.fromfile(path)
-    cfg.merge_from_dict(dict(options or {}))
+    options = dict(options or {})
+    place = options.get('data_root')
+    root = cfg.get('data_root') or cfg.get('train_dataloader', {}).get('dataset', {}).get('data_root')
+    cfg.merge_from_dict(options)
+    if place and root:
+        for name in [name for name in cfg if name.endswith(('_dataloader', '_evaluator'))]:
+            cfg[name] = _moved(cfg[name], root.rstrip('/'), place.rstrip('/'))
     cfg.launcher = launcher
     cfg.work_dir = work_dir or cfg.get('work_dir') or str(Path('work_dirs', path.stem))
     return cfg
+
+
+def _moved(value: Any, old: str, new: str) -> Any:
+    """``value`` with every path in or below ``old`` in or below ``new``."""
+    if isinstance(value, Mapping):
+        return {key: _moved(inner, old, new) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(inner, old, new) for inner in value)
+    inside = isinstance(value, str) and (value == old or value.startswith(f'{old}/'))
+    return new + value.removeprefix(old) if inside else value
 
 
 def check_work_dir(cfg: Config) -> None:
