@@ -1,4 +1,4 @@
-"""Bad input to tools/train.py: one clear sentence, and checkpoints that were written stay as they were."""
+"""Bad input to tools/train.py and tools/test.py: one clear sentence, and checkpoints stay as they were."""
 
 import json
 import os
@@ -27,11 +27,11 @@ def root(whole, tmp_path):
     return shutil.copytree(whole, tmp_path / 'coco')
 
 
-def train(root, *arguments, **options):
+def train(root, *arguments, **changes):
     """What the tool says, and the work dir."""
     work_dir = root.parent / 'run'
     name = f'bad{next(RUNS)}'  # mmengine keeps visualizers and loggers by name for the life of a process
-    values = {'visualizer.name': name, 'experiment_name': name, **options}
+    values = {'visualizer.name': name, 'experiment_name': name, **changes}
     flags = ['--cfg-options', *(f'{key}={value}' for key, value in values.items())]
     file = config(root.parent / 'config.py', root)
     return run_tool('train.py', file, '--work-dir', work_dir, *arguments, *flags), work_dir
@@ -80,6 +80,22 @@ def test_annotation_files_are_read_before_the_training(root, name):
     one_sentence(message, file, *parts)
     assert [path.name for path in work_dir.iterdir()] == ['iter_7.pth'], 'nothing was started'
     assert (work_dir / 'iter_7.pth').read_bytes() == b'from before'
+
+
+@pytest.mark.parametrize('tool', ['train.py', 'test.py'])
+def test_the_data_of_evaluations_is_read_before_the_model_is_built(root, tool):
+    file = edit(root, lambda content: content['annotations'][3].update(category_id=81), 'val2017')
+    file_of_config, work_dir = config(root.parent / 'config.py', root), root.parent / 'run'
+    if tool == 'train.py':
+        with file_of_config.open('a') as lines:
+            lines.write(
+                "\nval_dataloader, val_evaluator, val_cfg = test_dataloader, test_evaluator, dict(type='ValLoop')"
+            )
+    (checkpoint := root.parent / 'some.pth').touch()
+    flags = ['--work-dir', work_dir, '--cfg-options', 'model.backbone.zzz=1']  # an error where a model is built
+    message = run_tool(tool, file_of_config, *([checkpoint] if tool == 'test.py' else []), *flags)
+    one_sentence(message, file, 'annotation 4 of 000000000001.jpg', 'category id 81', 'correct the id')
+    assert not work_dir.exists()
 
 
 def test_an_image_file_without_content(root):
@@ -176,8 +192,7 @@ def test_an_image_of_another_size_than_its_annotations(root):
 
 
 def test_a_loss_that_is_not_finite(root):
-    options = {'optim_wrapper.optimizer.lr': 1e30, 'train_cfg.max_iters': 4}
-    message, work_dir = train(root, **options)
+    message, work_dir = train(root, **{'optim_wrapper.optimizer.lr': 1e30, 'train_cfg.max_iters': 4})
     one_sentence(
         message, 'NonFiniteLossError: the loss of iteration 2 is not finite (loss nan', 'train2017/000000000002.jpg',
         work_dir / 'iter_1.pth', 'is kept, go on from it by --resume with a smaller learning rate',
