@@ -4,13 +4,15 @@ import json
 import os
 import shutil
 
+import mmcv
 import pytest
 import torch
 
+from mmunireplknet.datasets.digit_scenes import generate as generate_scenes
 from mmunireplknet.engine.launch import check_work_dir, load_config
 
 from ..coco_stand_in import config, edit, generate
-from .test_command_line import RUNS, run_tool
+from .test_command_line import CONFIG, RUNS, options, run_tool
 
 pytestmark = pytest.mark.slow
 
@@ -178,6 +180,19 @@ def test_a_corrupt_jpeg(root, workers):
     assert checked(work_dir)
 
 
+def test_a_corrupt_jpeg_after_a_switch_of_pipelines(root):
+    """The second epoch cannot decode what the first could."""
+    switch = dict(
+        type='PipelineSwitchHook',
+        switch_epoch=1,
+        switch_pipeline=[dict(type='LoadImageFromFile', imdecode_backend='none'), dict(type='PackDetInputs')],
+    )
+    epochs = {'train_cfg': dict(type='EpochBasedTrainLoop', max_epochs=2), 'custom_hooks': [switch]}
+    file = config(root.parent / 'config.py', root, **epochs)
+    message = run_tool('train.py', file, '--work-dir', root.parent / 'run')
+    one_sentence(message, f'SampleError: {root}/train2017/000000000000.jpg (image id 1) cannot be loaded', 'repair it')
+
+
 def test_an_image_of_another_size_than_its_annotations(root):
     path = shutil.copy(root / 'val2017/000000000000.jpg', root / 'train2017/000000000003.jpg')
 
@@ -207,3 +222,26 @@ def test_the_hook_is_in_every_run(root):
     assert dumped.count("type='NonFiniteLossHook'") == 1
     records = next(work_dir.glob('*/vis_data/scalars.json')).read_text().splitlines()
     assert len([json.loads(line) for line in records]) == 2
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_mask_with_a_label_without_a_class(tmp_path, workers):
+    """Of an mmseg data set: the first iteration trains, the second has it."""
+    pytest.importorskip('mmseg.models')
+    scenes, work_dir = tmp_path / 'digit_scenes', tmp_path / 'run'
+    generate_scenes(scenes, dict(train=4, val=1), size=(64, 64))
+    mask = sorted((scenes / 'annotations/training').glob('*.png'))[2]
+    labels = mmcv.imread(str(mask), 'unchanged')
+    labels[:2, :3] = 11
+    mmcv.imwrite(labels, str(mask))
+    changes = {'train_dataloader.sampler.shuffle': False, 'train_cfg.val_interval': 9, 'model.decode_head.channels': 8}
+    changes |= {'model.decode_head.loss_decode.class_weight': None, 'train_dataloader.num_workers': workers}
+    arguments = [CONFIG, '--work-dir', work_dir, *options(scenes, **changes)]
+    message = run_tool('train.py', *arguments)
+    one_sentence(
+        message, f'SampleError: {scenes}/images/training/{mask.stem}.jpg with {mask} has the label 11 in 6 pixels',
+        'but the 11 classes of decode_head have 0 to 10 and its ignore_index is 255; if 11 is no class, set ignore',
+        'reduce_zero_label=True', 'metainfo=dict(classes=...)',
+    )  # fmt: skip
+    assert checked(work_dir)
+    assert run_tool('train.py', *arguments, 'model.decode_head.ignore_index=11') is None
