@@ -14,8 +14,16 @@ import sys
 
 from mmengine.config import DictAction
 
-from mmunireplknet.datasets.checks import missing_data_message
-from mmunireplknet.engine.launch import STOPS, check_tta, evaluate, leave_process_group, load_config, sentence_of
+from mmunireplknet.datasets.checks import missing_data_message, wrong_test_message
+from mmunireplknet.engine.launch import (
+    STOPS,
+    check_tta,
+    evaluate,
+    is_first_process,
+    leave_process_group,
+    load_config,
+    sentence_of,
+)
 from mmunireplknet.models.checkpoint_file import find_checkpoint
 
 
@@ -50,7 +58,8 @@ def main() -> None:
             check_tta(cfg)
     except ValueError as error:
         sys.exit(str(error))
-    if message := missing_data_message(cfg.test_dataloader.dataset):
+    data = cfg.test_dataloader.dataset
+    if message := wrong_test_message(data, cfg.test_evaluator) if is_first_process() else missing_data_message(data):
         sys.exit(message)
     if args.out and not args.out.endswith(('.pkl', '.pickle')):
         sys.exit(f'--out {args.out}: predictions are written as .pkl')

@@ -20,6 +20,7 @@ from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
+from ..datasets.label_ranges import label_ranges
 from ..datasets.sample_errors import SampleError, name_samples
 from ..models.checkpoint import load_checkpoint
 from ..models.checkpoint_file import CheckpointError
@@ -159,12 +160,12 @@ def prepare_training(
 
 
 def _use_safe_hooks(cfg: Config) -> None:
-    """Checkpoints are written atomically with all random states; those of another task or of NaN are refused."""
+    """Checkpoints are written atomically with all random states; what is wrong with one, a loss or a sample is told."""
     hooks = cfg.setdefault('default_hooks', ConfigDict())
     checkpoint = hooks.setdefault('checkpoint', ConfigDict(type='CheckpointHook', interval=1))
     if checkpoint and checkpoint.get('type') == 'CheckpointHook':
         checkpoint.type = 'AtomicCheckpointHook'
-    _add_hooks(cfg, 'CheckpointFitHook', 'NonFiniteLossHook', 'RandomStateHook')
+    _add_hooks(cfg, 'CheckpointFitHook', 'NonFiniteLossHook', 'RandomStateHook', 'SampleHook')
 
 
 def _add_hooks(cfg: Config, *names: str) -> None:
@@ -212,9 +213,10 @@ def build_runner(cfg: Config) -> Runner:
         raise
     build = runner.build_dataloader  # what the loops call; their workers may start before any hook is asked
 
-    def build_naming(*args: Any, **kwargs: Any) -> DataLoader:
-        loader = build(*args, **kwargs)
-        name_samples(loader.dataset)
+    def build_naming(dataloader: Any, *args: Any, **kwargs: Any) -> DataLoader:
+        trains = dataloader is runner._train_dataloader  # metrics may ignore other labels than losses
+        loader = build(dataloader, *args, **kwargs)
+        name_samples(loader.dataset, label_ranges(runner.model) if trains else ())
         return loader
 
     runner.build_dataloader = build_naming  # type: ignore[method-assign]
