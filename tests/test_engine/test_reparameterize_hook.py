@@ -165,7 +165,7 @@ class TestRun:
         [
             dict(dtype=torch.bfloat16),
             dict(dtype=torch.float16, optim=dict(optimizer=dict(type='SGD', lr=0.0))),
-            dict(optim=dict(type='CPUAmpOptimWrapper')),
+            dict(optim=dict(type='BF16OptimWrapper')),
             dict(backbone=dict(frozen_stages=2, norm_cfg=dict(type='SyncBN'), with_cp=True)),
         ],
         ids=['bfloat16', 'float16', 'amp', 'frozen'],
