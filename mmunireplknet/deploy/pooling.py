@@ -26,11 +26,11 @@ def averaging_matrix(cells: int, length: int | Tensor, like: Tensor) -> Tensor:
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     cell = torch.arange(cells, device=like.device).unsqueeze(1)
-    start = torch.div(cell * length, cells, rounding_mode='floor')
-    stop = torch.div((cell + 1) * length + (cells - 1), cells, rounding_mode='floor')
     position = torch.arange(length, device=like.device).unsqueeze(0)
-    inside = (position >= start) & (position < stop)
-    return inside.to(dtype) / (stop - start).to(dtype)
+    # The two bounds multiplied out: no division, which ONNX makes in floating point.
+    inside = (cell * length < (position + 1) * cells) & (position * cells < (cell + 1) * length)
+    inside = inside.to(dtype)
+    return inside / inside.sum(1, keepdim=True)
 
 
 class MatrixPool2d(nn.Module):
