@@ -12,7 +12,7 @@ from ..models.unireplknet import UniRepLKNet
 from .pooling import replace_pooling
 
 __all__ = [
-    'Exportable', 'ExportableBackbone', 'ExportableClassifier', 'ExportableSegmentor', 'ExportError', 'make_exportable',
+    'ExportError', 'Exportable', 'ExportableBackbone', 'ExportableClassifier', 'ExportableSegmentor', 'make_exportable',
 ]  # fmt: skip
 
 

@@ -109,11 +109,10 @@ def write(format: str, exportable: Exportable, image: Tensor, folder: Path, opti
 def _write_openvino(exportable: Exportable, image: Tensor, file: Path, options: Options) -> None:
     import openvino
 
-    graph = file.with_suffix('.onnx')
+    graph = file.with_name(FORMATS['onnx'].file)  # left there to look for differences in
     write_onnx(exportable, image, graph, options.dynamic, options.opset, options.exporter)
     model = openvino.convert_model(graph)
     openvino.save_model(model, file, compress_to_fp16=options.half)
-    graph.unlink()
 
 
 def _write_torchscript(exportable: Exportable, image: Tensor, file: Path) -> None:

@@ -109,7 +109,7 @@ def failure(exportable: Exportable, format: str, error: Exception) -> str:
 
 
 def _slim(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """Fold what the older exporter leaves behind; of the newer one's graphs onnxslim only makes slightly smaller ones."""
+    """Fold what the older exporter leaves behind; the newer one's graphs are no faster for it (docs/deployment.md)."""
     import onnxslim
 
     return onnxslim.slim(graph)
