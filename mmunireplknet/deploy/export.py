@@ -95,7 +95,8 @@ def export(
         if half:
             model.half()
         example = inputs[0] if shape else to_input(images, (2 if batches else 1, *inputs[0].shape[2:]), meta)
-        options = Options(shape is None, half, opset, exporter, meta)
+        facts = dict(dataset_meta=dict(classes=meta['classes'], palette=meta['palette']))
+        options = Options(shape is None, half, opset, exporter, facts)
         file = write(format, deploy, example, new, options)
         meta['outputs'] = _outputs(deploy, example, shape is None)
         limit = TOLERANCES[half] if tolerance is None else tolerance
