@@ -174,6 +174,7 @@ def test_names_of_formats(tmp_path):
         formats.open_exported(tmp_path / 'model.safetensors')
 
 
+@pytest.mark.slow
 def test_the_package_needs_no_exporter():
     """Importing what tools import brings in none of the optional packages."""
     import subprocess

@@ -5,7 +5,11 @@ import torch
 from torch import nn
 
 from mmunireplknet.deploy.exportable import (
-    ExportableBackbone, ExportableClassifier, ExportableSegmentor, ExportError, make_exportable,
+    ExportableBackbone,
+    ExportableClassifier,
+    ExportableSegmentor,
+    ExportError,
+    make_exportable,
 )  # fmt: skip
 from mmunireplknet.deploy.pooling import MatrixPool2d
 
@@ -37,10 +41,11 @@ def test_labels_of_a_single_logit():
     """A foreground of one sigmoid has the threshold of its head."""
     pytest.importorskip('mmseg')
     cfg = segmentor_config()
-    cfg.model.decode_head.update(num_classes=2, out_channels=1, threshold=0.4)
+    cfg.model.decode_head.update(num_classes=2, out_channels=1)
     cfg.model.decode_head.loss_decode = dict(type='CrossEntropyLoss', use_sigmoid=True)
     model, x = build(cfg), image((1, 3, 64, 64))
     with torch.no_grad():
+        model.decode_head.threshold = float(model.encode_decode(x, [dict(img_shape=x.shape[2:])]).sigmoid().median())
         expected = model.predict(x)[0].pred_sem_seg.data
     (labels,) = make_exportable(model, cfg, argmax=True)(x)
     assert labels.shape == (1, 64, 64)

@@ -31,7 +31,7 @@ def test_names_of_the_older_exporter(name, module):
 
 
 def graph_of(*nodes, domains=('',)):
-    x, y = (onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ['N', 3]) for n in 'xy')
+    x, y = (onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [2, 3]) for n in 'xy')
     opsets = [onnx.helper.make_opsetid(domain, 18) for domain in domains]
     return onnx.helper.make_model(onnx.helper.make_graph(nodes, 'g', [x], [y]), opset_imports=opsets, ir_version=9)
 
