@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from mmengine.config import Config
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from ..models.unireplknet import UniRepLKNet
 from .pooling import replace_pooling
 
 __all__ = [
-    'Exportable', 'ExportableBackbone', 'ExportableClassifier', 'ExportableSegmentor', 'ExportError', 'make_exportable',
+    'ExportError', 'Exportable', 'ExportableBackbone', 'ExportableClassifier', 'ExportableSegmentor', 'make_exportable',
 ]  # fmt: skip
 
 
@@ -38,7 +38,8 @@ class Exportable(nn.Module):
         exporter: Which of torch's ONNX exporters writes it: 'dynamo', or 'torchscript' for the older one.
     """
 
-    task: ClassVar[Literal['features', 'classification', 'segmentation', 'detection', 'instance-segmentation']]
+    model: Any
+    task: Literal['features', 'classification', 'segmentation', 'detection', 'instance-segmentation']
     input_name: ClassVar[str] = 'input'
     output_names: tuple[str, ...]
     meanings: dict[str, str]
@@ -141,7 +142,12 @@ class ExportableSegmentor(Exportable):
 
 
 def make_exportable(
-    model: nn.Module, cfg: Config, argmax: bool = False, backbone_only: bool = False, half: bool = False
+    model: nn.Module,
+    cfg: Config,
+    argmax: bool = False,
+    backbone_only: bool = False,
+    half: bool = False,
+    deploy: bool = True,
 ) -> Exportable:
     """Reparameterize a whole model in place and wrap it for export.
 
@@ -151,15 +157,17 @@ def make_exportable(
         argmax: Of a segmentor, labels instead of logits.
         backbone_only: Export the feature maps of the backbone.
         half: Weights in float16.
+        deploy: False leaves the model in the form it has: what the exported model is compared with.
 
     Raises:
         ExportError: A model of another kind, or an option that does not fit it.
     """
     model.eval()
-    switch_to_deploy(model)
+    if deploy:
+        switch_to_deploy(model)
+        replace_pooling(model)
     if half:
         model.half()
-    replace_pooling(model)
     exportable = _wrap(model, cfg, argmax, backbone_only)
     return exportable.eval().requires_grad_(False)
 
