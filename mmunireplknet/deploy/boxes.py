@@ -59,9 +59,9 @@ def read_rules(test_cfg: Mapping[str, Any] | None, where: str) -> Rules:
     iou = nms.get('iou_threshold', nms.get('iou_thr'))
     if unknown or nms.get('type', 'nms') != 'nms' or iou is None:
         raise ExportError(
-            f'{where} is {dict(test_cfg)}. Exported can be {sorted(KNOWN)}, with nms=dict(type="nms", iou_threshold=..., '
-            f'class_agnostic=...), as ONNX knows it{"; unknown: " + ", ".join(unknown) if unknown else ""}. Set what is '
-            'needed and leave out the rest, for example --cfg-options model.test_cfg.rcnn.nms.type=nms.'
+            f'{where} is {dict(test_cfg)}{"; unknown: " + ", ".join(unknown) if unknown else ""}. Exported can be '
+            f"{', '.join(sorted(KNOWN))}, with nms=dict(type='nms', iou_threshold=..., class_agnostic=...), which is "
+            f'what ONNX has. Set that, for example --cfg-options {where}.nms="dict(type=\'nms\', iou_threshold=0.5)".'
         )
     limit, candidates = test_cfg.get('max_per_img', -1), test_cfg.get('nms_pre', -1)
     return Rules(

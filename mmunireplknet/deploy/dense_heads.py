@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from mmdet.models.dense_heads import GFLHead, RPNHead
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder, DistancePointBBoxCoder
-from mmdet.models.task_modules.coders.delta_xywh_bbox_coder import delta2bbox
 from mmdet.structures.bbox import distance2bbox
-from torch import Tensor, nn
+from torch import Tensor
 
 from .boxes import Rules, clip, keep_best, large_enough, read_rules, top
 from .exportable import ExportError
@@ -21,9 +21,10 @@ BUILT = (
     'the RPN, and dense heads whose boxes are those of mmdet\'s BaseDenseHead (RetinaNet, FCOS, ATSS, RTMDet '
     'and others) or GFLHead'
 )  # fmt: skip
+MAX_RATIO = abs(math.log(16 / 1000))  # of a box to the one it comes from, as mmdet's coder has it
 
 
-def check_coder(head: nn.Module) -> None:
+def check_coder(head: Any) -> None:
     """Refuse a head whose boxes ``decode`` does not know.
 
     Raises:
@@ -32,12 +33,12 @@ def check_coder(head: nn.Module) -> None:
     coder = head.bbox_coder
     if type(coder) not in (DeltaXYWHBBoxCoder, DistancePointBBoxCoder):
         raise ExportError(
-            f'{type(head).__name__} codes its boxes with {type(coder).__name__}. Exported can be DeltaXYWHBBoxCoder and '
-            'DistancePointBBoxCoder.'
+            f'{type(head).__name__} codes its boxes with {type(coder).__name__}. Exported can be '
+            'DeltaXYWHBBoxCoder and DistancePointBBoxCoder.'
         )
 
 
-def decode(head: nn.Module, priors: Tensor, deltas: Tensor, size: Any) -> Tensor:
+def decode(head: Any, priors: Tensor, deltas: Tensor, size: Any) -> Tensor:
     """Boxes (n, 4) in pixels, by the head's coder, within the image where the coder does that.
 
     Args:
@@ -47,13 +48,26 @@ def decode(head: nn.Module, priors: Tensor, deltas: Tensor, size: Any) -> Tensor
         size: Height and width of the image; may be symbolic.
     """
     coder = head.bbox_coder
-    if isinstance(coder, DistancePointBBoxCoder):
-        boxes = distance2bbox(priors, deltas)
-    else:
-        boxes = delta2bbox(
-            priors, deltas, coder.means, coder.stds, add_ctr_clamp=coder.add_ctr_clamp, ctr_clamp=coder.ctr_clamp
-        )
+    boxes = (
+        distance2bbox(priors, deltas) if isinstance(coder, DistancePointBBoxCoder) else _shift(coder, priors, deltas)
+    )
     return clip(boxes, size) if coder.clip_border else boxes
+
+
+def _shift(coder: DeltaXYWHBBoxCoder, boxes: Tensor, deltas: Tensor) -> Tensor:
+    """``boxes`` (n, 4) moved by ``deltas``: mmdet's ``delta2bbox``, which a trace cannot follow.
+
+    That asks whether n is 0, and a trace of an image without detections would always take that way.
+    """
+    deltas = deltas * deltas.new_tensor(coder.stds) + deltas.new_tensor(coder.means)
+    size = boxes[:, 2:] - boxes[:, :2]
+    moved, grown = size * deltas[:, :2], deltas[:, 2:]
+    if coder.add_ctr_clamp:
+        moved, grown = moved.clamp(-coder.ctr_clamp, coder.ctr_clamp), grown.clamp(max=MAX_RATIO)
+    else:
+        grown = grown.clamp(-MAX_RATIO, MAX_RATIO)
+    centre, half = (boxes[:, :2] + boxes[:, 2:]) * 0.5 + moved, size * grown.exp() * 0.5
+    return torch.cat([centre - half, centre + half], 1)
 
 
 def _level_rows(level: Tensor, columns: int) -> Tensor:
@@ -61,32 +75,37 @@ def _level_rows(level: Tensor, columns: int) -> Tensor:
     return level[0].permute(1, 2, 0).reshape(-1, columns)
 
 
-class DenseBoxes(nn.Module):
+class DenseBoxes:
     """What ``head.predict`` finds, as a function of feature maps of one image.
 
     Args:
-        head: In evaluation. Its modules are used, not copied.
+        head: Of the classes that the error below names, in evaluation; it stays where it is in the model.
         where: Place of its ``test_cfg`` in the config, for errors.
 
     Raises:
         ExportError: The head makes its boxes in a way of its own, or its ``test_cfg`` asks for something unknown.
     """
 
-    def __init__(self, head: nn.Module, where: str) -> None:
-        super().__init__()
+    def __init__(self, head: Any, where: str) -> None:
         single = getattr(type(head), '_predict_by_feat_single', None)
-        known = (BaseDenseHead._predict_by_feat_single, RPNHead._predict_by_feat_single, GFLHead._predict_by_feat_single)
+        known = (
+            BaseDenseHead._predict_by_feat_single,
+            RPNHead._predict_by_feat_single,
+            GFLHead._predict_by_feat_single,
+        )
         if single not in known or type(head).predict_by_feat is not BaseDenseHead.predict_by_feat:
             raise ExportError(f'{type(head).__name__} makes its boxes in a way of its own. Exported can be: {BUILT}.')
         if getattr(head.loss_cls, 'custom_cls_channels', False):
-            raise ExportError(f'{type(head).__name__} has scores of its loss {type(head.loss_cls).__name__}: not built.')
+            raise ExportError(
+                f'{type(head).__name__} has scores of its loss {type(head.loss_cls).__name__}: not built.'
+            )
         check_coder(head)
         self.head = head
         self.rules: Rules = read_rules(head.test_cfg, where)
         self.integral = single is GFLHead._predict_by_feat_single
         self.proposals = single is RPNHead._predict_by_feat_single
 
-    def forward(self, maps: tuple[Tensor, ...], size: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, maps: tuple[Tensor, ...], size: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes, best first.
 
         Args:

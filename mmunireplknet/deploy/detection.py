@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, Literal
+
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
@@ -9,6 +11,10 @@ from torch import Tensor, nn
 
 from ..compat import ensure_detection_operators
 from .exportable import Exportable, ExportError
+
+if TYPE_CHECKING:  # these two need mmdet
+    from .dense_heads import DenseBoxes
+    from .roi_heads import RoIInstances
 
 __all__ = ['ExportableDetector', 'make_detector']
 
@@ -22,17 +28,17 @@ class ExportableDetector(Exportable):
 
     Args:
         model: A two-stage or single-stage detector, in evaluation and deploy form.
-        boxes: The head's boxes as a function of maps and image size; of a two-stage detector the proposals.
-        instances: What a roi_head makes of the proposals.
+        boxes: What its dense head finds; of a two-stage detector the proposals.
+        instances: What its roi_head makes of them.
 
     Raises:
         ExportError: A part of the model is none of those built here; the message names them.
     """
 
-    task = 'detection'
+    task: Literal['detection', 'instance-segmentation'] = 'detection'  # type: ignore[assignment]
     exporter = 'torchscript'
 
-    def __init__(self, model: nn.Module, boxes: nn.Module, instances: nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module, boxes: DenseBoxes, instances: RoIInstances | None = None) -> None:
         super().__init__(model)
         self.boxes, self.instances = boxes, instances
         self.divisor = int(getattr(model.data_preprocessor, 'pad_size_divisor', 1))
@@ -50,7 +56,13 @@ class ExportableDetector(Exportable):
             self.task = 'instance-segmentation'
 
     def compute(self, input: Tensor) -> tuple[Tensor, ...]:
-        """Detections in ``input`` (1, 3, H, W)."""
+        """Detections in ``input`` (1, 3, H, W).
+
+        Raises:
+            ValueError: There is more than one image.
+        """
+        if not torch.jit.is_tracing() and input.shape[0] != 1:
+            raise ValueError(f'{input.shape[0]} images were given; a detector takes one at a time: (1, 3, H, W).')
         size = input.shape[2:]
         maps = self.model.extract_feat(self._pad(input))
         boxes, scores, labels, *masks = self.boxes(maps, size)
@@ -93,16 +105,16 @@ def make_detector(model: nn.Module, cfg: Config) -> ExportableDetector:
     ensure_detection_operators()
     from mmdet.models.detectors import SingleStageDetector, TwoStageDetector
 
-    from .dense_heads import DenseBoxes  # these two need mmdet
+    from .dense_heads import DenseBoxes
     from .roi_heads import RoIInstances
 
-    predict = type(model).predict
+    predict: Any = getattr(type(model), 'predict', None)
     if predict is TwoStageDetector.predict:
         return ExportableDetector(model, DenseBoxes(model.rpn_head, 'model.test_cfg.rpn'), RoIInstances(model.roi_head))
     if predict is SingleStageDetector.predict:
         return ExportableDetector(model, DenseBoxes(model.bbox_head, 'model.test_cfg'))
     raise ExportError(
-        f'{type(model).__name__} predicts in a way of its own. Exported can be two-stage detectors with an RPN (Faster, '
-        'Mask, Cascade and Cascade Mask R-CNN) and single-stage ones with dense boxes (RetinaNet, FCOS, ATSS, GFL, '
-        'RTMDet). The backbone alone can be: backbone_only=True (--backbone-only).'
+        f'{type(model).__name__} predicts in a way of its own. Exported can be two-stage detectors with an RPN '
+        '(Faster, Mask, Cascade and Cascade Mask R-CNN) and single-stage ones with dense boxes (RetinaNet, FCOS, ATSS, '
+        'GFL, RTMDet). The backbone alone can be: backbone_only=True (--backbone-only).'
     )

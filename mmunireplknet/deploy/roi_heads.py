@@ -19,7 +19,7 @@ from .exportable import ExportError
 __all__ = ['RoIFeatures', 'RoIInstances']
 
 
-class RoIFeatures(nn.Module):
+class RoIFeatures:
     """mmdet's SingleRoIExtractor: from each box the features of the level that fits its size.
 
     Args:
@@ -29,9 +29,8 @@ class RoIFeatures(nn.Module):
         ExportError: It is another extractor or layer.
     """
 
-    def __init__(self, extractor: nn.Module) -> None:
-        super().__init__()
-        layer = extractor.roi_layers[0] if hasattr(extractor, 'roi_layers') else None
+    def __init__(self, extractor: Any) -> None:
+        layer: Any = extractor.roi_layers[0] if hasattr(extractor, 'roi_layers') else None
         if type(extractor) is not SingleRoIExtractor or type(layer) is not RoIAlign or layer.pool_mode != 'avg':
             raise ExportError(
                 f'RoI features come from {type(extractor).__name__} with {layer}. Exported can be SingleRoIExtractor '
@@ -39,7 +38,7 @@ class RoIFeatures(nn.Module):
             )
         self.extractor = extractor
 
-    def forward(self, maps: tuple[Tensor, ...], boxes: Tensor) -> Tensor:
+    def __call__(self, maps: tuple[Tensor, ...], boxes: Tensor) -> Tensor:
         """Features (k, C, h, w) of ``boxes`` (k, 4), from ``maps`` (1, C, H, W) of each level."""
         layers = self.extractor.roi_layers
         rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], 1)
@@ -59,20 +58,19 @@ class RoIFeatures(nn.Module):
         return features.to(level.dtype)
 
 
-class RoIInstances(nn.Module):
+class RoIInstances:
     """What ``head.predict`` finds, as a function of feature maps and proposals of one image.
 
     Masks stay as the head gives them, on a grid over the box: ``deploy.masks.paste`` puts them into the image.
 
     Args:
-        head: In evaluation. Its modules are used, not copied.
+        head: In evaluation; it stays where it is in the model.
 
     Raises:
         ExportError: A part of it, or its ``test_cfg``, is none of those built here.
     """
 
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
+    def __init__(self, head: Any) -> None:
         if type(head) not in (StandardRoIHead, CascadeRoIHead) or head.with_shared_head:
             raise ExportError(
                 f'The roi_head is {type(head).__name__}{" with a shared head" * head.with_shared_head}. Exported can '
@@ -80,11 +78,11 @@ class RoIInstances(nn.Module):
             )
         self.head = head
         self.rules: Rules = read_rules(head.test_cfg, 'model.test_cfg.rcnn')
-        self.bbox_heads = nn.ModuleList(_listed(head.bbox_head))
-        self.bbox_features = nn.ModuleList(RoIFeatures(x) for x in _listed(head.bbox_roi_extractor))
-        self.mask_heads = nn.ModuleList(_listed(head.mask_head) if head.with_mask else [])
+        self.bbox_heads = _listed(head.bbox_head)
+        self.bbox_features = [RoIFeatures(x) for x in _listed(head.bbox_roi_extractor)]
+        self.mask_heads = _listed(head.mask_head) if head.with_mask else []
         extractors = head.mask_roi_extractor if head.with_mask else []  # the boxes' own where they are shared
-        self.mask_features = nn.ModuleList(RoIFeatures(x) for x in _listed(extractors))
+        self.mask_features = [RoIFeatures(x) for x in _listed(extractors)]
         for part in self.bbox_heads:
             self._check_bbox_head(part)
         for part in self.mask_heads:
@@ -94,7 +92,7 @@ class RoIInstances(nn.Module):
                 raise ExportError(f'The mask_head is {type(part).__name__}. Exported can be FCNMaskHead.')
 
     @staticmethod
-    def _check_bbox_head(head: nn.Module) -> None:
+    def _check_bbox_head(head: Any) -> None:
         check_coder(head)
         unchanged = all(
             getattr(type(head), name) is getattr(BBoxHead, name)
@@ -106,7 +104,7 @@ class RoIInstances(nn.Module):
                 'those of BBoxHead: Shared2FCBBoxHead, Shared4Conv1FCBBoxHead, ConvFCBBoxHead with a softmax.'
             )
 
-    def forward(self, maps: tuple[Tensor, ...], boxes: Tensor, size: Any) -> tuple[Tensor, ...]:
+    def __call__(self, maps: tuple[Tensor, ...], boxes: Tensor, size: Any) -> tuple[Tensor, ...]:
         """Instances, best first.
 
         Args:
@@ -118,7 +116,7 @@ class RoIInstances(nn.Module):
             Boxes (k, 4) in x1 y1 x2 y2, scores (k,), labels (k,) int64, and of a head with masks their
             probabilities (k, m, m).
         """
-        total = 0
+        total = torch.zeros((), device=boxes.device)
         last = len(self.bbox_heads) - 1
         for i, (head, features) in enumerate(zip(self.bbox_heads, self.bbox_features, strict=True)):
             logits, deltas = (out.float() for out in head(features(maps, boxes)))
@@ -145,7 +143,7 @@ class RoIInstances(nn.Module):
 
     def _masks(self, maps: tuple[Tensor, ...], boxes: Tensor, labels: Tensor) -> Tensor:
         """Probabilities (k, m, m), the mean over the stages."""
-        total = 0
+        total = torch.zeros((), device=boxes.device)
         for head, features in zip(self.mask_heads, self.mask_features, strict=True):
             masks = head(features(maps, boxes)).float().sigmoid()
             index = torch.zeros_like(labels) if head.class_agnostic else labels
@@ -154,11 +152,11 @@ class RoIInstances(nn.Module):
         return total / len(self.mask_heads)
 
 
-def _listed(part: Any) -> list[nn.Module]:
+def _listed(part: Any) -> list[Any]:
     return list(part) if isinstance(part, (nn.ModuleList, list)) else [part]
 
 
-def _refine(head: nn.Module, boxes: Tensor, logits: Tensor, deltas: Tensor, size: Any) -> Tensor:
+def _refine(head: Any, boxes: Tensor, logits: Tensor, deltas: Tensor, size: Any) -> Tensor:
     """The boxes (n, 4) for the next stage, by the deltas of the likeliest class."""
     if not head.reg_class_agnostic:
         likeliest = logits[:, :-1].argmax(1)[:, None, None].expand(-1, 1, 4)
