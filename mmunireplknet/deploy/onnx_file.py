@@ -110,7 +110,7 @@ def failure(exportable: Exportable, format: str, error: Exception) -> str:
     reason = (str(error).strip().splitlines() or [''])[0]
     return (
         f'{type(exportable.model).__name__} cannot be written as {format}: {type(error).__name__}: {reason} '
-        'Try --backbone-only, or another format.'
+        'Try the other exporter (--exporter torchscript), --shape, --backbone-only, or another format.'
     )
 
 
