@@ -68,14 +68,14 @@ def test_mask_rcnn_finds_what_mmdet_finds():
 @pytest.mark.parametrize('name', ['mask-rcnn', 'retinanet'])
 def test_class_agnostic_nms(name):
     """One box hides another of any class."""
-    place = 'test_cfg__rcnn__nms' if name == 'mask-rcnn' else 'test_cfg__nms'
-    nms = dict(type='nms', iou_threshold=0.3, class_agnostic=True)
-    traceable, model = exportable(changed(name, **{place: nms}))
+    place = 'test_cfg__rcnn__' if name == 'mask-rcnn' else 'test_cfg__'
+    entries = {f'{place}nms': dict(type='nms', iou_threshold=0.3, class_agnostic=True), f'{place}max_per_img': 500}
+    traceable, model = exportable(changed(name, **entries))
     photo = photograph(SIZES[0])
     outs = traceable(normalized(photo))
     check_equal(outs, found_by_mmdet(model, photo), photo)
-    other = exportable(changed(name, **{place: dict(nms, class_agnostic=False)}))[0](normalized(photo))
-    assert other[0].shape != outs[0].shape or not torch.equal(other[0], outs[0])
+    entries[f'{place}nms']['class_agnostic'] = False
+    assert exportable(changed(name, **entries))[0](normalized(photo))[0].shape[1] > outs[0].shape[1]
 
 
 @pytest.mark.slow
