@@ -166,6 +166,25 @@ def test_what_cannot_be_exported_is_named(name, entries, message):
         exportable(changed(name, **entries))
 
 
+def test_torchvision_is_missing(monkeypatch):
+    from mmunireplknet import compat
+
+    monkeypatch.setattr(compat, 'ensure_torchvision', lambda: 'absent')
+    with pytest.raises(ModuleNotFoundError, match=r'needs torchvision: pip install torchvision'):
+        compat.ensure_detection_operators()
+
+
+def test_a_copy_holds_together():
+    """What folds BN in a copy, as the report does, changes what the copy computes with."""
+    traceable, _ = exportable(DETECTORS['mask-rcnn'])
+    other = copy.deepcopy(traceable)
+    with torch.no_grad():
+        other.model.roi_head.bbox_head.fc_cls.bias[0] += 9
+    image = normalized(photograph(SIZES[0]))
+    assert (other(image)[1] == 0).all()
+    assert not (traceable(image)[1] == 0).all()
+
+
 def test_a_detector_of_another_kind():
     from mmdet.models.detectors import YOLACT
 
