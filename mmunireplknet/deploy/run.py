@@ -68,17 +68,17 @@ def postprocess(outputs: dict, meta: dict, size: tuple, used: tuple) -> dict:
     return {'boxes': boxes, 'scores': first['dets'][:, 4], 'labels': first['labels'], 'masks': masks}
 
 
-def write(image: np.ndarray, found: dict, meta: dict, stem: Path) -> None:
-    """Write STEM.json, STEM_overlay.png and, where there are masks, STEM_labels.png."""
+def write(image: np.ndarray, found: dict, meta: dict, stem: Path, least: float) -> None:
+    """STEM.json, STEM_overlay.png and, where there are masks, STEM_labels.png; no instance below the least score."""
     if 'map' in found:  # a mask for each class that is there
         found['labels'] = np.unique(found['map'])
         found['masks'] = [found['map'] == c for c in found['labels']]
     elif meta['task'] == 'classification':
         found = {'labels': (top := found['scores'].argsort()[:-6:-1]), 'scores': found['scores'][top]}
-    overlay, labels, entries = Image.fromarray(image), np.zeros(image.shape[:2], np.uint16), []
-    for k, c in enumerate(found['labels']):
+    names, overlay, labels, entries = meta['classes'], Image.fromarray(image), np.zeros(image.shape[:2], np.uint16), []
+    for k, c in enumerate(found['labels'][: sum(found['scores'] >= least) if 'boxes' in found else None]):  # in order
         color = tuple(meta['palette'][c]) if meta.get('palette') else (255, 64, 0)
-        entry = {'class': meta['classes'][c], 'label': k + 1 if 'boxes' in found else int(c)}
+        entry = {'class': names[c], 'label': k + 1 if 'boxes' in found else int(c)}
         entry |= {'score': round(float(found['scores'][k]), 4)} if 'scores' in found else {}
         if 'boxes' in found:
             entry['box'] = found['boxes'][k].round(1).tolist()
@@ -87,7 +87,7 @@ def write(image: np.ndarray, found: dict, meta: dict, stem: Path) -> None:
             mask = found['masks'][k] & (labels == 0)  # the better instance hides the others
             labels[mask], entry['pixels'] = entry['label'], int(mask.sum())
             overlay.paste(color, mask=Image.fromarray(mask * np.uint8(128)))
-        ImageDraw.Draw(overlay).text(entry.get('box', (4, 12 * k))[:2], f'{entry["class"]} {entry.get("score", "")}')
+        ImageDraw.Draw(overlay).text(entry.get('box', (4, 12 * k))[:2], f'{names[c]} {entry.get("score", "")}', color)
         entries.append(entry)
     overlay.save(f'{stem}_overlay.png')
     if found.get('masks'):
@@ -99,21 +99,21 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('images', nargs='+', type=Path)
     parser.add_argument('--out-dir', type=Path, default=Path(), help='NAME_labels.png holds the "label"s of NAME.json')
+    parser.add_argument('--score', type=float, default=0.3, help='least score of an instance (default: %(default)s)')
     args = parser.parse_args()
     file = Path(__file__).resolve().with_name('meta.json')
     try:
         import onnxruntime
 
         meta = json.loads(file.read_text(encoding='utf-8'))
-        file = file.with_name(meta['file'])
-        session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
+        session = onnxruntime.InferenceSession(file.with_name(meta['file']), providers=['CPUExecutionProvider'])
         names = [output['name'] for output in meta['outputs']]
         args.out_dir.mkdir(parents=True, exist_ok=True)
         for file in args.images:
             image = np.asarray(ImageOps.exif_transpose(Image.open(file)).convert('RGB'))
             inputs, used = preprocess(image, meta)
             outputs = dict(zip(names, session.run(names, {meta['input']['name']: inputs}), strict=True))
-            write(image, postprocess(outputs, meta, image.shape[:2], used), meta, args.out_dir / file.stem)
+            write(image, postprocess(outputs, meta, image.shape[:2], used), meta, args.out_dir / file.stem, args.score)
     except Exception as error:  # onnxruntime's have no other base
         reason = f'meta.json says nothing usable about {error}' if isinstance(error, KeyError) else error
         raise SystemExit(f'{file}: {type(error).__name__}: {reason}') from None
