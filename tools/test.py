@@ -51,6 +51,12 @@ def main() -> None:
         checkpoint = args.checkpoint if exported else find_checkpoint(args.checkpoint)
     except FileNotFoundError as error:
         sys.exit(str(error))
+    if exported and (args.deploy or args.tta or args.show_dir or args.launcher != 'none'):
+        sys.exit(
+            '--deploy, --tta, --show-dir and --launcher are for checkpoints: an exported model is tested as it is.'
+        )
+    if not exported and (args.runtime or args.threads):
+        sys.exit('--runtime and --threads are for exported models.')
     try:
         if args.tta:
             check_tta(cfg)
@@ -58,12 +64,6 @@ def main() -> None:
         sys.exit(str(error))
     if message := missing_data_message(cfg.test_dataloader.dataset):
         sys.exit(message)
-    if exported and (args.deploy or args.tta or args.show_dir or args.launcher != 'none'):
-        sys.exit(
-            '--deploy, --tta, --show-dir and --launcher are for checkpoints: an exported model is tested as it is.'
-        )
-    if not exported and (args.runtime or args.threads):
-        sys.exit('--runtime and --threads are for exported models.')
     if args.out and not args.out.endswith(('.pkl', '.pickle')):
         sys.exit(f'--out {args.out}: predictions are written as .pkl')
     if args.out:

@@ -93,11 +93,11 @@ def test_a_mask_of_another_size(files):
 
 def test_the_truth_may_be_read_behind_the_resizing(files):
     """As test pipelines of mmseg do: it keeps its size."""
-    data = dict(img_path=str(files[0]), seg_map_path=str(files[1]))
-    assert NamingCompose(Compose([Load(), Crop(), LoadMask()]))(data)['img'].shape == (4, 6, 3)
+    pipeline = NamingCompose(Compose([Load(), Crop(), LoadMask()]))
+    assert pipeline(dict(img_path=str(files[0]), seg_map_path=str(files[1])))['img'].shape == (4, 6, 3)
     mmcv.imwrite(np.zeros((4, 6), np.uint8), str(files[2]))  # of the size of the resized image
     with pytest.raises(SampleError, match='has a mask of 4 by 6 pixels, but is 8 by 6'):
-        NamingCompose(Compose([Load(), Crop(), LoadMask()]))({**data, 'seg_map_path': str(files[2])})
+        pipeline(dict(img_path=str(files[0]), seg_map_path=str(files[2])))
 
 
 def test_annotations_for_another_size(files):
