@@ -95,7 +95,8 @@ def export(
         if half:
             model.half()
         example = inputs[0] if shape else to_input(images, (2 if batches else 1, *inputs[0].shape[2:]), meta)
-        options = Options(shape is None, half, opset, exporter, meta)
+        facts = dict(dataset_meta=dict(classes=meta['classes'], palette=meta['palette']))
+        options = Options(shape is None, half, opset, exporter, facts)
         file = write(format, deploy, example, new, options)
         meta['outputs'] = _outputs(deploy, example, shape is None)
         limit = TOLERANCES[half] if tolerance is None else tolerance
@@ -111,7 +112,7 @@ def export(
             seconds,
         )
         if not report['passed']:
-            raise ParityError(_blame(report, file, deploy, training, min(inputs, key=Tensor.numel), format))
+            raise ParityError(_blame(report, file, deploy, training, inputs))
         if format == 'openvino':
             (new / FORMATS['onnx'].file).unlink()  # what it was converted from
         _add_papers(new, meta, report)
@@ -212,9 +213,11 @@ def _outputs(exportable: Exportable, image: Tensor, dynamic: bool) -> list[dict[
 
 
 def _blame(
-    report: dict[str, Any], file: Path, deploy: Exportable, training: Exportable | None, image: Tensor, format: str
+    report: dict[str, Any], file: Path, deploy: Exportable, training: Exportable | None, inputs: Sequence[Tensor]
 ) -> str:
-    limit = report['tolerance']
+    """What to say of a report that has not passed, by the input that differs most."""
+    limit, format = report['tolerance'], report['format']
+    image = max(zip(inputs, report['cases'], strict=True), key=lambda pair: worst(dict(cases=[pair[1]])))[0]
 
     def differ(pair: str) -> bool:
         values = [d['relative'] for case in report['cases'] for d in case['differences'].get(pair, {}).values()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from mmengine.config import Config
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ class Exportable(nn.Module):
         exporter: Which of torch's ONNX exporters writes it: 'dynamo', or 'torchscript' for the older one.
     """
 
+    model: Any
     task: Literal['features', 'classification', 'segmentation', 'detection', 'instance-segmentation']
     input_name: ClassVar[str] = 'input'
     output_names: tuple[str, ...]

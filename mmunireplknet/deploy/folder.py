@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -77,8 +78,10 @@ def _replace(new: Path, out_dir: Path) -> None:
 
 
 def write_json(values: Mapping[str, Any], file: Path) -> None:
-    """Write ``values`` for people to read, too."""
-    file.write_text(json.dumps(values, indent=2) + '\n')
+    """Write ``values`` for people to read, too: a list of numbers or words stands in one line."""
+    text = json.dumps(values, indent=2)
+    text = re.sub(r'\[\n\s+([^][{}]*?)\n\s+\]', lambda found: f'[{re.sub(chr(10) + " +", " ", found[1])}]', text)
+    file.write_text(text + '\n')
 
 
 HOW_TO_RUN = {

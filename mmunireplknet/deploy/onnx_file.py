@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -64,11 +64,17 @@ def _export_dynamo(exportable: Exportable, image: Tensor, dynamic: bool, opset: 
     try:
         with torch.no_grad(), redirect_stdout(io.StringIO()):  # it prints its progress
             program = torch.export.export(exportable, (image,), dynamic_shapes=shapes, strict=False)
-            names = dict(input_names=[exportable.input_name], output_names=list(exportable.output_names))
-            exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, **names)
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                verbose=False,
+                input_names=[exportable.input_name],
+                output_names=list(exportable.output_names),
+            )
     except Exception as error:  # what a model holds decides what the exporter raises
         raise ExportError(failure(exportable, 'onnx', error)) from error
-    return exported.model_proto
+    return cast(torch.onnx.ONNXProgram, exported).model_proto
 
 
 def _export_traced(exportable: Exportable, image: Tensor, dynamic: bool, opset: int) -> onnx.ModelProto:
@@ -80,7 +86,7 @@ def _export_traced(exportable: Exportable, image: Tensor, dynamic: bool, opset: 
             torch.onnx.export(
                 exportable,
                 (image,),
-                buffer,
+                cast(str, buffer),  # it takes any file, which its signature does not say
                 dynamo=False,
                 opset_version=opset,
                 input_names=[exportable.input_name],
@@ -104,7 +110,7 @@ def failure(exportable: Exportable, format: str, error: Exception) -> str:
     reason = (str(error).strip().splitlines() or [''])[0]
     return (
         f'{type(exportable.model).__name__} cannot be written as {format}: {type(error).__name__}: {reason} '
-        'Try --backbone-only, or another format.'
+        'Try the other exporter (--exporter torchscript), --shape, --backbone-only, or another format.'
     )
 
 
@@ -140,7 +146,7 @@ def _clean(graph: onnx.ModelProto, exportable: Exportable, dynamic: bool) -> Non
 
 
 def _name_axes(graph: onnx.ModelProto, exportable: Exportable) -> None:
-    names = {}
+    names: dict[str, str] = {}
     for value in (*graph.graph.input, *graph.graph.output):
         dims = value.type.tensor_type.shape.dim
         for axis, name in exportable.dynamic_axes.get(value.name, {}).items():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 __all__ = ['MatrixPool2d', 'averaging_matrix', 'replace_pooling']
 
 
-def averaging_matrix(cells: int, length: int | Tensor, like: Tensor) -> Tensor:
+def averaging_matrix(cells: int, length: int, like: Tensor) -> Tensor:
     """Matrix (cells, length) whose product with a vector gives its adaptive average pooling.
 
     Cell i averages the entries from ``floor(i * length / cells)`` to before ``ceil((i + 1) * length / cells)``, as
@@ -21,7 +21,7 @@ def averaging_matrix(cells: int, length: int | Tensor, like: Tensor) -> Tensor:
 
     Args:
         cells: Entries of the result.
-        length: Entries of the input; symbolic while a model is exported.
+        length: Entries of the input; symbolic or a tensor while a model is exported.
         like: Gives the device and, at least float32, the dtype.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
@@ -58,7 +58,7 @@ def replace_pooling(model: nn.Module) -> None:
             if not isinstance(child, nn.AdaptiveAvgPool2d):
                 continue
             size = child.output_size
-            height, width = (size, size) if isinstance(size, int) else size
+            height, width = size if isinstance(size, tuple) else (size, size)
             if height is None or width is None or (height, width) == (1, 1):
                 continue  # None keeps that size; one cell is a mean, which every exporter writes
             setattr(parent, name, MatrixPool2d((height, width)))

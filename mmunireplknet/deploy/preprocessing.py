@@ -44,14 +44,19 @@ def read_preprocessing(cfg: Config, model: nn.Module) -> tuple[dict[str, Any], s
     is_segmentor = hasattr(given, 'size_divisor')  # mmseg's pads by its other arguments in training only
     divisor = padding.get('size_divisor') if is_segmentor else getattr(given, 'pad_size_divisor', 1)
     values = dict(
-        mean=[0.0] * 3 if mean is None else [float(v) for v in mean.flatten()],
-        std=[1.0] * 3 if std is None else [float(v) for v in std.flatten()],
+        mean=[0.0] * 3 if mean is None else _decimals(mean),
+        std=[1.0] * 3 if std is None else _decimals(std),
         **rules,
         size_divisor=int(divisor or 1),
         pad_value=float(getattr(given, 'pad_value', 0)),
     )
     swaps = bool(getattr(given, '_channel_conversion', getattr(given, 'to_rgb', False)))
     return values, 'RGB' if swaps else 'BGR'
+
+
+def _decimals(values: Tensor) -> list[float]:
+    """Of float32 the numbers that somebody wrote down: 123.675, not 123.67500305175781."""
+    return [float(str(value)) for value in values.flatten().float().numpy()]
 
 
 def _pipeline(cfg: Config) -> Sequence[Mapping[str, Any]]:

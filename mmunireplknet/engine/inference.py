@@ -48,8 +48,8 @@ def dataset_meta(cfg: Config, checkpoint: str) -> dict[str, Any]:
     meta = read_checkpoint(checkpoint).get('meta') or {}
     if 'dataset_meta' in meta:
         return dict(meta['dataset_meta'])
-    dataset = DATASETS.get(cfg.test_dataloader.dataset.type)
-    return {**getattr(dataset, 'METAINFO', {}), **cfg.test_dataloader.dataset.get('metainfo', {})}
+    dataset = cfg.test_dataloader.dataset
+    return {**getattr(DATASETS.get(dataset.type), 'METAINFO', {}), **dataset.get('metainfo', {})}
 
 
 class Predictor:
