@@ -24,9 +24,9 @@ from . import folder as folders
 from .exportable import Exportable, ExportError, make_exportable
 from .formats import FORMATS, Options, check_packages, open_exported, write
 from .onnx_file import OPSET
-from .parity import first_difference, first_difference_of_forms
+from .parity import TOLERANCES, first_difference, first_difference_of_forms
 from .preprocessing import read_preprocessing, real_images, to_input
-from .report import TOLERANCES, make_report, parity_shapes, to_markdown, worst
+from .report import make_report, parity_shapes, to_markdown, worst
 
 __all__ = ['ParityError', 'build_model', 'export']
 
@@ -150,7 +150,8 @@ def build_model(cfg: Config, checkpoint: str | Path) -> tuple[nn.Module, str]:
     if cfg.model.backbone.type == 'UniRepLKNet':
         cfg.model.backbone.deploy = form == 'deploy'
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    model = MODELS.build(cfg.model)
+    with torch.random.fork_rng(devices=[]):  # who exports while training draws no other numbers for it
+        model = MODELS.build(cfg.model)
     load_checkpoint(model, checkpoint)
     model = revert_sync_batchnorm(model)
     model.eval()

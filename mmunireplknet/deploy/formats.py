@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -12,10 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..models.checkpoint_file import read_checkpoint
+from ..models.unireplknet import UniRepLKNet
 from .exportable import Exportable, ExportError
 from .onnx_file import OPSET, failure, write_onnx
+from .parity import TOLERANCES, compare
 
 __all__ = ['FORMATS', 'Format', 'Options', 'Run', 'check_packages', 'format_of', 'open_exported', 'write']
 
@@ -90,15 +95,19 @@ def write(format: str, exportable: Exportable, image: Tensor, folder: Path, opti
         options: How.
 
     Raises:
-        ExportError: The model cannot be written in this format.
+        ExportError: The model cannot be written in this format, or is not ready.
     """
+    unmerged = [m for m in exportable.modules() if isinstance(m, UniRepLKNet) and not m.deploy]
+    if unmerged or any(m.training for m in exportable.modules()):
+        what = 'in training form' if unmerged else 'in training mode'
+        raise ExportError(f'the model is {what}, which is not for export: make_exportable makes it ready.')
     file = folder / FORMATS[format].file
     if format == 'onnx':
         write_onnx(exportable, image, file, options.dynamic, options.opset, options.exporter)
     elif format == 'openvino':
         _write_openvino(exportable, image, file, options)
     elif format == 'torchscript':
-        _write_torchscript(exportable, image, file)
+        _write_torchscript(exportable, image, file, TOLERANCES[options.half])
     elif format == 'pt2':
         _write_pt2(exportable, image, file, options.dynamic)
     else:
@@ -115,17 +124,18 @@ def _write_openvino(exportable: Exportable, image: Tensor, file: Path, options: 
     openvino.save_model(model, file, compress_to_fp16=options.half)
 
 
-def _write_torchscript(exportable: Exportable, image: Tensor, file: Path) -> None:
-    others = [image[:1, :, : image.shape[2] - 32, :], torch.nn.functional.pad(image, (0, 17, 0, 5))]
+def _write_torchscript(exportable: Exportable, image: Tensor, file: Path, tolerance: float) -> None:
+    others = [F.pad(image, (0, 32, 0, 64)), F.pad(image[:1], (0, 17, 0, 5))]
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # deprecation, and sizes in Python: the other sizes are tried below
+            warnings.simplefilter('ignore')  # deprecation, and sizes in Python: other sizes are tried here
             traced = torch.jit.trace(exportable, (image,), check_trace=False)
             for other in others:
-                for a, b in zip(traced(other), exportable(other), strict=True):
-                    if a.shape != b.shape or not torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-2):
+                for name, difference in compare(exportable, exportable(other), traced(other)).items():
+                    if not difference.relative <= tolerance:
                         raise ExportError(
-                            f'the trace made at {tuple(image.shape)} computes something else at {tuple(other.shape)}.'
+                            f'the trace made at {tuple(image.shape)} computes {name} differently at '
+                            f'{tuple(other.shape)}, by {difference.relative:.1e}: it depends on the size.'
                         )
             torch.jit.save(traced, str(file))
     except RuntimeError as error:
@@ -219,10 +229,6 @@ def _open_openvino(file: Path, threads: int) -> Run:
 def _open_safetensors(file: Path, exportable: Exportable | None) -> Run:
     if exportable is None:
         raise ExportError(f'{file} holds weights alone: a model is needed to run them.')
-    import copy
-
-    from ..models.checkpoint_file import read_checkpoint
-
     fresh = copy.deepcopy(exportable)
     fresh.model.load_state_dict(read_checkpoint(file)['state_dict'])
     return _torch_run(fresh)

@@ -21,10 +21,8 @@ from .exportable import Exportable
 from .formats import Run
 from .parity import Difference, compare
 
-__all__ = ['TOLERANCES', 'make_report', 'parity_shapes', 'to_markdown', 'worst']
+__all__ = ['make_report', 'parity_shapes', 'to_markdown', 'worst']
 
-TOLERANCES = {False: 1e-4, True: 1e-2}
-"""By ``half``. Measured on randomised models: about 1e-6 in float32, 1e-3 in float16."""
 LARGEST = 640  # pixels of a side: larger maps show nothing new
 WITHOUT_TRAINING = 'The checkpoint is in deploy form, so there is no training form to compare with.'
 PACKAGES = ('torch', 'onnx', 'onnxruntime', 'openvino')

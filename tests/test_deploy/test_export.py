@@ -11,12 +11,13 @@ from mmunireplknet import CheckpointError
 from mmunireplknet.deploy import export as module
 from mmunireplknet.deploy import formats
 from mmunireplknet.deploy.export import ParityError, build_model, export
-from mmunireplknet.deploy.exportable import ExportError
+from mmunireplknet.deploy.exportable import ExportError, make_exportable
 from mmunireplknet.engine.launch import load_config
 from mmunireplknet.engine.reparameterize import reparameterize_checkpoint
 from mmunireplknet.models.checkpoint import load_checkpoint
 
 from ..procedural import image
+from ..test_models.tiny import tiny
 from ..test_tools.test_command_line import CONFIG, run_tool
 from .cases import FAST, NAMES, PALETTE, build, checkpoint, classifier_config, segmentor_config
 
@@ -166,6 +167,24 @@ def test_a_wrong_merge_is_not_left(weights, out, monkeypatch):
     assert left(out) == []
 
 
+@pytest.mark.parametrize('format', formats.FORMATS)
+def test_what_is_not_ready_is_not_written(tmp_path, format):
+    backbone = tiny()
+    for ready, what in ((False, 'training form'), (True, 'training mode')):
+        exportable = make_exportable(backbone, None, deploy=ready).train(ready)
+        with pytest.raises(ExportError, match=f'in {what}'):
+            formats.write(format, exportable, image((1, 3, 32, 32)), tmp_path, formats.Options())
+    assert not list(tmp_path.iterdir())
+
+
+def test_random_numbers_are_left_alone(weights):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    build_model(segmentor_config(), weights)
+    assert torch.equal(torch.rand(1), expected)
+
+
 def test_names_of_formats(tmp_path):
     assert {formats.format_of(tmp_path / f.file) for f in formats.FORMATS.values()} == set(formats.FORMATS)
     with pytest.raises(ExportError, match='no exported model'):
@@ -207,6 +226,11 @@ def test_onnx(weights, out, half):
     norms = [node for node in graph.graph.node if node.op_type == 'ReduceL2']
     assert len(norms) == 6
     assert {types[name] for node in norms for name in node.output} == {onnx.TensorProto.FLOAT}
+    layer_norms = [node for node in graph.graph.node if node.op_type == 'LayerNormalization']
+    assert len(layer_norms) == 9
+    assert all(a.i == 1 for node in layer_norms for a in node.attribute if a.name == 'stash_type'), 'not in float32'
+    weights_in = {t.data_type for t in graph.graph.initializer if len(t.dims) == 4}
+    assert weights_in == {onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT}
     x = np.zeros((3, 3, 33, 47), np.float32)
     session = ort.InferenceSession(str(out / 'model.onnx'))
     assert session.run(None, {'input': x})[0].shape == (3, 5, 33, 47)
