@@ -55,7 +55,7 @@ def read_meta(name: str | Path) -> tuple[Path, dict[str, Any]]:
     folder = path if path.is_dir() else path.parent
     try:
         meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-        missing = {'file', 'task', 'input', 'outputs', 'thresholds'} - meta.keys()
+        missing = {'file', 'task', 'input', 'preprocess', 'outputs', 'thresholds'} - meta.keys()
     except (OSError, ValueError, AttributeError) as error:
         raise ExportError(
             f'{folder / "meta.json"} cannot be used ({type(error).__name__}: {error}). tools/export.py writes it '
@@ -159,7 +159,7 @@ def _preprocessor(cfg: Config) -> nn.Module:
 def _predict(run: Run, meta: Mapping[str, Any], inputs: torch.Tensor, sample: Any) -> Any:
     """``sample`` with what the model finds on ``inputs`` (1, 3, H, W)."""
     shape = tuple(sample.img_shape[:2])
-    values = run(_fit(inputs.numpy(), meta))
+    values = run(_fit(inputs.numpy()[:, :, : shape[0], : shape[1]], meta))  # the exported model may pad by itself
     outputs = {output['name']: value for output, value in zip(meta['outputs'], values, strict=True)}
     if meta['task'] == 'segmentation' and 'logits' in outputs and outputs['logits'].shape[1] == 1:
         raise ExportError('the exported model gives the logit of one class: export labels instead (--argmax).')
@@ -183,15 +183,18 @@ def _masks(found: Mapping[str, Any], meta: Mapping[str, Any], sample: Any) -> di
 
 
 def _fit(image: np.ndarray, meta: Mapping[str, Any]) -> np.ndarray:
-    """Pad an input (1, 3, H, W) to the size of a model of one size, below and to the right."""
-    if meta['input']['shape'][0] not in (1, None):
-        raise ExportError(f'the exported model takes {meta["input"]["shape"][0]} images at once: export it for one.')
-    limits = [limit or side for limit, side in zip(meta['input']['shape'][2:], image.shape[2:], strict=True)]
-    pads = [limit - side for limit, side in zip(limits, image.shape[2:], strict=True)]
+    """Pad an input (1, 3, H, W) as meta.json says, below and to the right."""
+    count, _, *limits = meta['input']['shape']
+    if count not in (1, None):
+        raise ExportError(f'the exported model takes {count} images at once: export it for one.')
+    divisor = meta['preprocess'].get('size_divisor') or 1
+    sizes = image.shape[2:]
+    pads = [(limit or -(-side // divisor) * divisor) - side for limit, side in zip(limits, sizes, strict=True)]
     if min(pads) < 0:
         raise ExportError(
             f'the exported model takes {limits[0]}x{limits[1]} alone, and the test pipeline made an image of '
-            f'{image.shape[2]}x{image.shape[3]}: export with --dynamic, or give the test pipeline that Resize.'
+            f'{sizes[0]}x{sizes[1]}: export with --dynamic, or give the test pipeline that Resize.'
         )
-    padded = np.pad(image, [(0, 0), (0, 0), (0, pads[0]), (0, pads[1])])
+    value = meta['preprocess'].get('pad_value', 0)
+    padded = np.pad(image, [(0, 0), (0, 0), *((0, pad) for pad in pads)], constant_values=value)
     return padded.astype(meta['input']['dtype'])

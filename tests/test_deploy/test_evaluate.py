@@ -176,7 +176,7 @@ def test_wrong_models_are_refused(scenes, tmp_path, monkeypatch):
     (folder / 'model.onnx').unlink()
     assert 'there is no' in message()
     (folder / 'meta.json').write_text('{"format": 1}')
-    assert 'lacks file, input, outputs, task, thresholds' in message()
+    assert 'lacks file, input, outputs, preprocess, task, thresholds' in message()
     (folder / 'meta.json').write_text('[]')
     assert 'meta.json cannot be used' in message()
 
@@ -251,6 +251,19 @@ def test_boxes_and_masks(coco, tmp_path):
     half = evaluate_exported(det_config(coco), coco_folder(tmp_path / 'half', **half))
     assert half['coco/bbox_mAP'] == 1
     assert half['coco/segm_mAP'] < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('divisor', 'shape'), [(1, (1, 3, 72, 96)), (32, (1, 3, 96, 96))])
+def test_padding_is_as_meta_says(coco, tmp_path, monkeypatch, divisor, shape):
+    """Exported detectors pad by themselves, so that they know where the image ends."""
+    pytest.importorskip('mmdet.models')
+    seen, outputs = [], [np.concatenate([truth()['dets']])[None], truth()['labels'][None], MASKS[None, :2]]
+    monkeypatch.setattr(module, 'open_exported', lambda *_, **__: lambda image: seen.append(image) or outputs)
+    evaluate_exported(det_config(coco), coco_folder(tmp_path / 'model', size_divisor=divisor, pad_value=7))
+    assert [image.shape for image in seen] == [shape]
+    assert (seen[0][:, :, 72:] == 7).all()
+    assert not (seen[0][:, :, :72] == 7).any()
 
 
 @pytest.mark.slow
