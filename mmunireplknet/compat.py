@@ -60,7 +60,7 @@ def ensure_detection_operators() -> None:
     """
     global _KERNELS
     if ensure_torchvision() == 'absent':
-        raise ModuleNotFoundError('Exporting a detector needs torchvision: pip install -r requirements/export.txt.')
+        raise ModuleNotFoundError('Exporting a detector needs torchvision: pip install torchvision.')
     from torchvision.extension import _has_ops
 
     if _KERNELS is not None or _has_ops():

@@ -229,8 +229,10 @@ def test_onnx(weights, out, half):
     layer_norms = [node for node in graph.graph.node if node.op_type == 'LayerNormalization']
     assert len(layer_norms) == 9
     assert all(a.i == 1 for node in layer_norms for a in node.attribute if a.name == 'stash_type'), 'not in float32'
-    weights_in = {t.data_type for t in graph.graph.initializer if len(t.dims) == 4}
-    assert weights_in == {onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT}
+    kernels = {node.input[1] for node in graph.graph.node if node.op_type == 'Conv'}
+    assert {t.data_type for t in graph.graph.initializer if t.name in kernels} == {
+        onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT
+    }
     x = np.zeros((3, 3, 33, 47), np.float32)
     session = ort.InferenceSession(str(out / 'model.onnx'))
     assert session.run(None, {'input': x})[0].shape == (3, 5, 33, 47)
