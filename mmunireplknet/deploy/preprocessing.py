@@ -48,9 +48,10 @@ def read_preprocessing(cfg: Config, model: nn.Module) -> tuple[dict[str, Any], s
         std=[1.0] * 3 if std is None else _decimals(std),
         **rules,
         size_divisor=int(divisor or 1),
-        pad_value=float(getattr(given, 'pad_value', 0)),
+        pad_value=float(getattr(given, 'pad_val', getattr(given, 'pad_value', 0))),  # mmseg's own name first
     )
-    swaps = bool(getattr(given, '_channel_conversion', getattr(given, 'to_rgb', False)))
+    # mmseg 1.2.2's own, mmengine's, and mmpretrain's.
+    swaps = any(getattr(given, name, False) for name in ('channel_conversion', '_channel_conversion', 'to_rgb'))
     return values, 'RGB' if swaps else 'BGR'
 
 
