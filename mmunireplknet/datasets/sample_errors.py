@@ -103,7 +103,8 @@ def _fault(data: Mapping[str, Any], before: frozenset[str]) -> str | None:
                 f'{listed[1]}; write them for the image as it is, turned as its EXIF says'
             )
     if 'gt_seg_map' in data and 'gt_seg_map' not in before and 'img' in data:
-        mask, size = data['gt_seg_map'].shape[:2], data['img'].shape[:2]
+        # Test pipelines read the truth behind the resizing, which the image alone goes through.
+        mask, size = data['gt_seg_map'].shape[:2], tuple(data.get('ori_shape', data['img'].shape)[:2])
         if mask != size:
             return f'has a mask of {mask[0]} by {mask[1]} pixels, but is {size[0]} by {size[1]}; write it for the image'
     return None

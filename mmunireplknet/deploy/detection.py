@@ -37,6 +37,7 @@ class ExportableDetector(Exportable):
 
     task: Literal['detection', 'instance-segmentation'] = 'detection'  # type: ignore[assignment]
     exporter = 'torchscript'
+    pads = True
 
     def __init__(self, model: nn.Module, boxes: DenseBoxes, instances: RoIInstances | None = None) -> None:
         super().__init__(model)

@@ -174,6 +174,8 @@ def _meta(
 ) -> dict[str, Any]:
     """meta.json, without the shapes of the outputs."""
     preprocess, channels = read_preprocessing(cfg, model)
+    if exportable.pads:
+        preprocess['size_divisor'] = 1
     test = getattr(model, 'test_cfg', None) or {}
     if test.get('mode') == 'slide':
         print_log('test_cfg.mode=slide: exported is the network, which takes whole images or crops alike', 'current')

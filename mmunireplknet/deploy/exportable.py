@@ -36,6 +36,7 @@ class Exportable(nn.Module):
         meanings: One sentence for each output.
         dynamic_axes: For input and outputs the axes that may differ from call to call, by name: N, H, W or other.
         exporter: Which of torch's ONNX exporters writes it: 'dynamo', or 'torchscript' for the older one.
+        pads: Whether it pads images itself, so that they have to come without padding.
     """
 
     model: Any
@@ -45,6 +46,7 @@ class Exportable(nn.Module):
     meanings: dict[str, str]
     dynamic_axes: dict[str, dict[int, str]]
     exporter: ClassVar[Literal['dynamo', 'torchscript']] = 'dynamo'
+    pads: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

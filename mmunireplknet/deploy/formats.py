@@ -176,18 +176,19 @@ def format_of(file: Path) -> str:
     raise ExportError(f'{file} is no exported model: expected {names}.')
 
 
-def open_exported(file: Path, exportable: Exportable | None = None, threads: int = 1) -> Run:
+def open_exported(file: Path, exportable: Exportable | None = None, threads: int = 1, format: str | None = None) -> Run:
     """An exported file as a function.
 
     Args:
         file: The file.
         exportable: The model whose weights a safetensors file holds; the others need none.
         threads: Threads of onnxruntime and OpenVINO; torch's own formats follow ``torch.set_num_threads``.
+        format: What to open it as, by default its format; OpenVINO opens ONNX files, too.
 
     Raises:
         ExportError: The file is of no known format, or a safetensors file without a model.
     """
-    format = format_of(file)
+    format = format or format_of(file)
     if format == 'onnx':
         return _open_onnx(file, threads)
     if format == 'openvino':

@@ -97,6 +97,15 @@ def test_a_mask_of_another_size(files):
         dataset[0]
 
 
+def test_the_truth_may_be_read_behind_the_resizing(files):
+    """As test pipelines of mmseg do: it keeps its size."""
+    pipeline = NamingCompose(Compose([Load(), Crop(), LoadMask()]))
+    assert pipeline(dict(img_path=str(files[0]), seg_map_path=str(files[1])))['img'].shape == (4, 6, 3)
+    mmcv.imwrite(np.zeros((4, 6), np.uint8), str(files[2]))  # of the size of the resized image
+    with pytest.raises(SampleError, match='has a mask of 4 by 6 pixels, but is 8 by 6'):
+        pipeline(dict(img_path=str(files[0]), seg_map_path=str(files[2])))
+
+
 def test_annotations_for_another_size(files):
     dataset = named(files, [Load()], height=6, width=8, instances=[])
     with pytest.raises(SampleError, match=r'is 8 by 6 pixels .*, but its annotations are for 6 by 8; .*EXIF'):
