@@ -1,5 +1,6 @@
 """The program in the exported folder, by its functions: sizes, interpolation, boxes, masks."""
 
+import json
 from types import SimpleNamespace
 
 import cv2
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from PIL import Image
 from torch.nn import functional as F
 
 from mmunireplknet.deploy import run
@@ -73,6 +75,20 @@ def test_a_box_without_area_has_a_small_mask():
     with np.errstate(all='raise'):
         found = run.postprocess(outputs, facts('instance-segmentation', outputs), (16, 16), (16, 16))
     assert found['masks'][0].sum() <= 4
+
+
+def test_the_better_instance_hides_the_others(tmp_path):
+    masks = np.zeros((3, 6, 8), bool)
+    masks[0, :4], masks[1, 2:], masks[2] = True, True, True
+    found = dict(
+        boxes=np.zeros((3, 4)), scores=np.float32([0.9, 0.8, 0.1]), labels=np.int64([2, 0, 1]), masks=list(masks)
+    )
+    image = np.zeros((6, 8, 3), np.uint8)
+    run.write(image, found, facts('instance-segmentation', []), tmp_path / 'a.b', 0.5)
+    labels = np.asarray(Image.open(tmp_path / 'a.b_labels.png'))
+    assert labels[:, 0].tolist() == [1, 1, 1, 1, 2, 2]
+    entries = json.loads((tmp_path / 'a.b.json').read_text())['found']
+    assert [(entry['class'], entry['pixels']) for entry in entries] == [('road', 32), ('sky', 16)]
 
 
 def test_boxes_are_cut_at_the_image_and_scaled_back():
