@@ -6,6 +6,7 @@ import argparse
 import pickle
 import sys
 from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
 from typing import Any
 
@@ -130,6 +131,47 @@ def install_safe_loading() -> None:
             return safe_torch_load(file, map_location)
 
         checkpoint._safe_torch_load = strict_load
+
+
+# Modules of mmcv.ops and their operators that detectors use.
+_OPERATORS = {
+    'deform_conv': ['DeformConv2dFunction'],
+    'modulated_deform_conv': ['ModulatedDeformConv2dFunction'],
+    'multi_scale_deform_attn': ['MultiScaleDeformableAttnFunction'],
+    'nms': ['NMSop', 'SoftNMSop'],
+    'roi_align': ['RoIAlignFunction'],
+}
+
+
+def let_mmcv_take_bfloat16() -> None:
+    """Have mmcv's operators compute in float32 what they are given in bfloat16, on every device.
+
+    onedl-mmcv 2.3.6 and mmcv 2.1.0 have no kernels for it (``expected scalar type Float but found BFloat16``,
+    ``"ROIAlign_forward" not implemented for 'BFloat16'``). Other dtypes go through as before; it lasts, because
+    recomputing (``with_cp``) calls them again in the backward pass, outside of any context.
+    """
+    for name, operators in _OPERATORS.items():
+        module = sys.modules.get(f'mmcv.ops.{name}')  # a model that uses it has imported it
+        for operator in (getattr(module, o) for o in operators) if module else ():
+            if not hasattr(operator.forward, '__wrapped__'):
+                operator.forward = staticmethod(_in_float32(operator.forward))
+
+
+def _in_float32(forward: Callable) -> Callable:
+    @wraps(forward)
+    def run(ctx: Any, *args: Any) -> Any:
+        return forward(ctx, *float32_of(args))
+
+    return run
+
+
+def float32_of(value: Any) -> Any:
+    """``value`` with float32 in the place of bfloat16 in every tensor, also in nested lists, tuples and dicts."""
+    if isinstance(value, torch.Tensor):
+        return value.float() if value.dtype == torch.bfloat16 else value
+    if isinstance(value, dict):
+        return {key: float32_of(item) for key, item in value.items()}
+    return type(value)(float32_of(item) for item in value) if type(value) in (list, tuple) else value
 
 
 def needs_standard_operators() -> bool:

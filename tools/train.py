@@ -3,7 +3,7 @@
 Example:
     python tools/train.py configs/upernet_unireplknet_s_ade20k.py
     python tools/train.py configs/demo_upernet_unireplknet_a_digit-scenes.py --resume --seed 0 --deterministic
-    bash tools/dist_train.sh configs/upernet_unireplknet_s_ade20k.py 8 --amp
+    bash tools/dist_train.sh configs/upernet_unireplknet_s_ade20k.py 8 --amp bf16
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ def parse_args() -> argparse.Namespace:
         '--resume', nargs='?', const='auto', metavar='CHECKPOINT',
         help='go on from CHECKPOINT, or from the latest of the work dir',
     )  # fmt: skip
-    parser.add_argument('--amp', action='store_true', help='mixed precision: fp16 on a GPU, bf16 on the CPU')
+    parser.add_argument(
+        '--amp', nargs='?', const='auto', choices=['auto', 'fp16', 'bf16'], metavar='fp16|bf16',
+        help='mixed precision; without a value fp16 on a GPU and bf16 on the CPU',
+    )  # fmt: skip
     parser.add_argument(
         '--auto-scale-lr', action='store_true', help='scale the learning rate by batch size / base_batch_size'
     )

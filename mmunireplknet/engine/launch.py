@@ -101,7 +101,7 @@ def check_work_dir(cfg: Config) -> None:
 def prepare_training(
     cfg: Config,
     resume: str | None = None,
-    amp: bool = False,
+    amp: str | None = None,
     auto_scale_lr: bool = False,
     seed: int | None = None,
     deterministic: bool = False,
@@ -111,18 +111,19 @@ def prepare_training(
     Args:
         cfg: Changed in place.
         resume: None, 'auto' for the latest checkpoint of the work dir, or a checkpoint.
-        amp: Mixed precision: fp16 with loss scaling on a GPU, bf16 on the CPU.
+        amp: Mixed precision: 'fp16' with loss scaling (on a GPU), 'bf16', or 'auto': fp16 on a GPU, bf16 on the CPU.
         auto_scale_lr: Scale the learning rate by the global batch size, accumulated iterations included, over the
             config's ``base_batch_size``.
         seed: Seed of all random number generators.
         deterministic: Deterministic algorithms; resuming then is bit-exact.
 
     Raises:
-        ValueError: ``auto_scale_lr`` without a base batch size in the config, or AMP over another wrapper.
+        ValueError: ``auto_scale_lr`` without a base batch size in the config, AMP over another wrapper, or one that
+            the device cannot do.
     """
     _use_safe_hooks(cfg)
     if amp:
-        _use_amp(cfg)
+        _use_amp(cfg, amp)
     if auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise ValueError('--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config.')
@@ -156,16 +157,27 @@ def _add_hooks(cfg: Config, *names: str) -> None:
     cfg.custom_hooks = [*hooks, *(ConfigDict(type=name) for name in names if name not in there)]
 
 
-def _use_amp(cfg: Config) -> None:
-    kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
-    if kind not in ('OptimWrapper', 'AmpOptimWrapper', 'CPUAmpOptimWrapper'):
-        raise ValueError(f'--amp replaces OptimWrapper, but the config has {kind}.')
-    if torch.cuda.is_available():
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+def _use_amp(cfg: Config, kind: str) -> None:
+    """Replace the type of the optimizer's wrapper; what else the config says of it stays."""
+    wrapper = cfg.optim_wrapper
+    name = _class_name(wrapper) or 'OptimWrapper'
+    if name not in ('OptimWrapper', 'AmpOptimWrapper', 'BF16OptimWrapper'):
+        raise ValueError(f'--amp replaces OptimWrapper, but the config has {name}.')
+    gpu = torch.cuda.is_available()
+    if kind == 'auto':
+        kind = 'fp16' if gpu else 'bf16'
+    if kind == 'fp16' and not gpu:
+        raise ValueError('--amp fp16 needs a GPU, and torch sees none: use --amp bf16, or train without --amp.')
+    if kind == 'bf16' and gpu and not torch.cuda.is_bf16_supported():
+        raise ValueError('--amp bf16: this GPU has no bfloat16; use --amp fp16, or train without --amp.')
+    wrapper.pop('dtype', None)
+    if kind == 'fp16':
+        wrapper.type = 'AmpOptimWrapper'
+        wrapper.setdefault('loss_scale', 'dynamic')
     else:
-        cfg.optim_wrapper.type = 'CPUAmpOptimWrapper'
-        cfg.optim_wrapper.pop('loss_scale', None)
+        wrapper.type = 'BF16OptimWrapper'
+        for key in ('loss_scale', 'use_fsdp'):
+            wrapper.pop(key, None)
 
 
 def build_runner(cfg: Config) -> Runner:

@@ -157,16 +157,18 @@ def build(row: Row) -> tuple[Config, nn.Module]:
     return cfg, model
 
 
-def train_one_step(cfg: Config, model: nn.Module, data: dict) -> None:
+def train_one_step(cfg: Config, model: nn.Module, data: dict, wrapper_type: str = 'OptimWrapper') -> None:
     """One step of the config's optimizer; every parameter of the backbone gets a finite gradient, and moves."""
     cfg = cfg.optim_wrapper
-    cfg.update(type='OptimWrapper')  # no mixed precision on a CPU
+    cfg.update(type=wrapper_type)  # mmengine's mixed precision refuses a CPU
     for key in ('loss_scale', 'dtype', 'use_fp16'):
         cfg.pop(key, None)
     wrapper = build_optim_wrapper(model, cfg)
     model.train()
     MessageHub.get_current_instance().update_info('epoch', 0)  # as the Runner does, which TOOD asks
-    loss, _ = model.parse_losses(model(**data, mode='loss'))
+    with wrapper.optim_context(model):
+        losses = model(**data, mode='loss')
+    loss, _ = model.parse_losses(losses)
     assert loss.isfinite(), f'loss {loss}'
     wrapper.backward(loss)
     before = {}
