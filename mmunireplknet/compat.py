@@ -220,6 +220,24 @@ def float32_of(value: Any) -> Any:
     return type(value)(float32_of(item) for item in value) if type(value) in (list, tuple) else value
 
 
+def let_fsdp_resume() -> None:
+    """Have mmengine's FSDPStrategy give torch the optimizer's state in the right place.
+
+    onedl-mmengine 0.10.12 and mmengine 0.10.7 pass the arguments in the order of torch 2.0, so that resuming ends in
+    ``TypeError: unhashable type: 'dict'``.
+    """
+    if not torch.distributed.is_available():
+        return
+    from mmengine._strategy import FSDPStrategy
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    def load_optim_state_dict(self: Any, state_dict: dict) -> None:
+        wrapper = self.optim_wrapper
+        wrapper.load_state_dict(FSDP.optim_state_dict_to_load(self.model, wrapper.optimizer, state_dict))
+
+    FSDPStrategy.load_optim_state_dict = load_optim_state_dict
+
+
 def needs_standard_operators() -> bool:
     """Whether only operators of torch itself will do: in tracing, export, and under torch.func and forward-mode AD.
 

@@ -3,7 +3,7 @@
 Example:
     python tools/train.py configs/upernet_unireplknet_s_ade20k.py
     python tools/train.py configs/demo_upernet_unireplknet_a_digit-scenes.py --resume --seed 0 --deterministic
-    bash tools/dist_train.sh configs/upernet_unireplknet_s_ade20k.py 8 --amp
+    bash tools/dist_train.sh configs/upernet_unireplknet_s_ade20k.py 8 --amp bf16
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ _FLOAT32_INPUTS = {
     'NormProduct',  # mmpretrain's ArcFace disables autocast, but not before its input is bfloat16
 }
 _FLOAT32_OUTPUTS = {'BaseDenseHead'}  # mmdet makes anchors and points in the dtype of the scores
+_FLOAT32_LAYERS = {'fc_reg', 'reference_points_fc', 'reg_branches'}  # mmdet's DETRs add these to their references
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -36,31 +36,41 @@ class BF16OptimWrapper(OptimWrapper):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         compat.let_mmcv_take_bfloat16()
+        self._model: nn.Module | None = None
+        self._takers: list[nn.Module] = []
+        self._givers: list[nn.Module] = []
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """Context of the forward pass."""
         device = next(model.parameters()).device.type
-        with super().optim_context(model), torch.autocast(device, torch.bfloat16), _float32_coordinates(model):
-            yield
+        if self._model is not model:
+            self._model, (self._takers, self._givers) = model, _modules_with_coordinates(model)
+        with ExitStack() as hooks:
+            for module in self._takers:
+                hooks.callback(module.register_forward_pre_hook(_cast_inputs, with_kwargs=True).remove)
+            for module in self._givers:
+                hooks.callback(module.register_forward_hook(_cast_outputs).remove)
+            with super().optim_context(model), torch.autocast(device, torch.bfloat16):
+                yield
 
 
-@contextmanager
-def _float32_coordinates(model: nn.Module) -> Iterator[None]:
-    """What the modules that deal with coordinates take and give is float32 inside of this context."""
-    with ExitStack() as hooks:
-        for module in model.modules():
-            takes, gives = _wants_float32(type(module))  # type: ignore[arg-type]
-            if takes:
-                handle = module.register_forward_pre_hook(lambda _, *given: compat.float32_of(given), with_kwargs=True)
-                hooks.callback(handle.remove)
-            if gives:
-                hooks.callback(module.register_forward_hook(lambda _, __, given: compat.float32_of(given)).remove)
-        yield
+def _modules_with_coordinates(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Modules that are to take float32, and those that are to give it."""
+    takers, givers = [], []
+    for name, module in model.named_modules():
+        bases = {base.__name__ for base in type(module).__mro__}
+        if bases & _FLOAT32_INPUTS:
+            takers.append(module)
+        # The layer itself, or one of a list of them.
+        if bases & _FLOAT32_OUTPUTS or _FLOAT32_LAYERS.intersection(name.split('.')[-2:]):
+            givers.append(module)
+    return takers, givers
 
 
-@cache
-def _wants_float32(cls: type[nn.Module]) -> tuple[bool, bool]:
-    """Whether modules of this class get their inputs, and give their outputs, in float32."""
-    names = {base.__name__ for base in cls.__mro__}
-    return not names.isdisjoint(_FLOAT32_INPUTS), not names.isdisjoint(_FLOAT32_OUTPUTS)
+def _cast_inputs(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return compat.float32_of(args), compat.float32_of(kwargs)
+
+
+def _cast_outputs(_: nn.Module, __: tuple, output: Any) -> Any:
+    return compat.float32_of(output)

@@ -136,8 +136,9 @@ def prepare_training(
 
     Raises:
         ValueError: ``auto_scale_lr`` without a base batch size in the config, AMP over another wrapper, or one that
-            the device cannot do.
+            the device cannot do; FSDP in one process, with averaged weights or clipped gradients.
     """
+    _check_sharding(cfg)
     _use_safe_hooks(cfg)
     if amp:
         _use_amp(cfg, amp)
@@ -157,6 +158,25 @@ def prepare_training(
         cfg.resume, cfg.load_from = file is not None, file or cfg.get('load_from')
         if file is not None:  # its weights replace the pretrained ones, which need not be there any more
             cfg.model.backbone.init_cfg = None
+
+
+def _check_sharding(cfg: Config) -> None:
+    if _class_name(cfg.get('strategy') or {}) != 'FSDPStrategy':
+        return
+    if cfg.launcher == 'none':
+        raise ConfigError(
+            'FSDPStrategy divides the weights among processes: start it by tools/dist_train.sh or tools/slurm_train.sh.'
+        )
+    if cfg.optim_wrapper.get('clip_grad'):
+        raise ConfigError(
+            'clip_grad would measure in every process only the gradients that FSDP keeps there: train without it by '
+            '--cfg-options optim_wrapper.clip_grad=None, or without FSDP.'
+        )
+    if any(_class_name(hook) == 'EMAHook' for hook in cfg.get('custom_hooks') or []):
+        raise ConfigError(
+            'EMAHook copies the model, which is impossible where FSDP holds a part of it in each process: train '
+            'without the average by --cfg-options custom_hooks=[], or without FSDP.'
+        )
 
 
 def _use_safe_hooks(cfg: Config) -> None:
@@ -245,6 +265,14 @@ def _use_cpu_processes(cfg: Config) -> None:
     cfg.model_wrapper_cfg = ConfigDict({**wrapper, 'device_ids': None})
     if sharded := cfg.get('strategy', {}).get('model_wrapper'):  # FSDP would take the rank for a CUDA device
         sharded.device_id = torch.device('cpu')
+        # Offloading copies nothing that is on the CPU already: of the gathered weights it frees what it returns, and
+        # crashes; of the optimizer's averages the second overwrites the first (torch 2.13).
+        whole = dict(rank0_only=True, offload_to_cpu=False)
+        cfg.strategy.state_dict_cfg = dict(
+            state_dict_type='FULL_STATE_DICT',
+            state_dict_config=dict(type='FullStateDictConfig', **whole),
+            optim_state_dict_config=dict(type='FullOptimStateDictConfig', **whole),
+        )
     _replace_sync_bn(cfg.model)
 
 
@@ -309,6 +337,9 @@ def evaluate(cfg: Config, checkpoint: str, deploy: bool = False, tta: bool = Fal
         ValueError: ``tta`` with a config that has none.
     """
     cfg.load_from, cfg.resume = None, False
+    if _class_name(cfg.get('strategy') or {}) == 'FSDPStrategy':  # the checkpoint is of the model in one piece
+        cfg.pop('runner_type')
+        cfg.pop('strategy')
     # The state_dict of a checkpoint holds the averaged weights; EMAHook would swap parameters by position.
     cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if _class_name(hook) != 'EMAHook']
     if tta:

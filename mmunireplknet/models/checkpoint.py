@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from .arch_zoo import Arch, identify_arch
 from .checkpoint_file import CheckpointError, all_tensors, read_checkpoint, some
@@ -76,7 +76,7 @@ def _infer_arch(state: Mapping[str, Tensor]) -> Arch | None:
     return Arch(depths, dims, tuple(tuple(kernels[i, b] for b in range(depths[i])) for i in range(4)))
 
 
-def _backbone_part(state: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
+def _backbone_part(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     parts = (prefix + 'downsample_layers.', prefix + 'stages.')
     return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(parts)}
 
@@ -101,7 +101,7 @@ def check_state_dict(model: UniRepLKNet, state: Mapping[str, Tensor], prefix: st
     given = identify(found)
     if given.form != expected.form:
         raise CheckpointError(f'the checkpoint holds {given}, but the model is {expected}. {_way_out(given.form)}')
-    own = _backbone_part(model.state_dict(), '')
+    own = _own_shapes(model)
     missing = [k for k in own if k not in found and not k.endswith('num_batches_tracked')]
     if given.arch is not None and given.arch != expected.arch:
         raise CheckpointError(
@@ -113,16 +113,27 @@ def check_state_dict(model: UniRepLKNet, state: Mapping[str, Tensor], prefix: st
             f'the checkpoint lacks {len(missing)} of {len(own)} backbone entries, first {missing[0]}. Expected '
             f'{expected}, with norm {type(_first_norm(model)).__name__}. It is incomplete or of another configuration.'
         )
-    wrong = [k for k in own if k in found and found[k].shape != own[k].shape and not _is_adaptable(model, k, found[k])]
+    shapes = {k: shape for k, shape in own.items() if shape is not None and k in found}
+    wrong = [k for k, shape in shapes.items() if found[k].shape != shape and not _is_adaptable(model, k, found[k])]
     extra = [k for k in found if k not in own]
     if wrong or extra:
-        detail = (
-            f'{wrong[0]} is {tuple(found[wrong[0]].shape)}, not {tuple(own[wrong[0]].shape)}' if wrong else extra[0]
-        )
+        detail = f'{wrong[0]} is {tuple(found[wrong[0]].shape)}, not {tuple(shapes[wrong[0]])}' if wrong else extra[0]
         raise CheckpointError(
             f'the checkpoint has {len(wrong)} misshapen and {len(extra)} unknown backbone entries, first {detail}. '
             f'Expected {expected} with {model.in_channels} input channels.'
         )
+
+
+def _own_shapes(model: UniRepLKNet) -> dict[str, Size | None]:
+    """Names in the model's state dict with their shapes, which are None inside of FSDP's units: these are in pieces."""
+    if not any('_fsdp_wrapped_module' in name for name, _ in model.named_modules()):
+        return {name: value.shape for name, value in _backbone_part(model.state_dict(), '').items()}
+    named = dict([*model.named_parameters(), *model.named_buffers()])  # a state_dict would gather them
+    shapes = {
+        name.replace('_fsdp_wrapped_module.', ''): None if '_fsdp_wrapped_module' in name else value.shape
+        for name, value in named.items()
+    }
+    return _backbone_part(shapes, '')
 
 
 def _way_out(form: str) -> str:

@@ -28,5 +28,9 @@ def test_shipped_config_trains(head):
         for module in model.modules():
             if isinstance(module, torch.nn.Conv2d):
                 module.register_forward_hook(lambda _, __, y: dtypes.add(y.dtype))
+        boxes = []
+        if head == 'DINO':
+            model.bbox_head.register_forward_hook(lambda _, __, given: boxes.append(given[1].dtype))
         train_one_step(cfg, model, small_data(row, cfg, model)(True), 'BF16OptimWrapper')
         assert dtypes == {torch.bfloat16}
+        assert boxes == [torch.float32] * (head == 'DINO'), 'sums with reference points'

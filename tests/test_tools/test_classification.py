@@ -58,7 +58,7 @@ def test_resume_with_amp(work_dir, config, tmp_path):
     file, trunk = config
     args = ['--work-dir', tmp_path, '--resume', work_dir / 'epoch_2.pth', '--amp', '--seed', 0]
     assert run_tool('train.py', file, *args, *unique(**trunk, **{'train_cfg.max_epochs': 3})) is None
-    assert 'AmpOptimWrapper' in (tmp_path / file.name).read_text()
+    assert 'BF16OptimWrapper' in (tmp_path / file.name).read_text()
     assert torch.load(tmp_path / 'epoch_3.pth', weights_only=False)['meta']['iter'] == 18
 
 

@@ -200,7 +200,7 @@ def test_amp_seed_and_auto_scale(data, tmp_path, caplog):
     flags = ['--amp', '--seed', 3, '--deterministic', '--auto-scale-lr']
     assert run_tool('train.py', CONFIG, '--work-dir', tmp_path, *flags, *options(data, 1)) is None
     dumped = (tmp_path / CONFIG.name).read_text()
-    assert 'AmpOptimWrapper' in dumped
+    assert 'BF16OptimWrapper' in dumped
     checkpoint = torch.load(tmp_path / 'iter_1.pth', weights_only=False)
     assert checkpoint['meta']['seed'] == 3
     # batch 2 where the config's learning rate is for 8
