@@ -16,7 +16,7 @@ PYTEST := $(RUN) -m pytest --durations=15
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast lint clean
+.PHONY: help env demo demo-det test test-fast lint clean
 
 help: ## print this list
 	@echo 'make TARGET [PYTHON=python3.12] [STACK=openmmlab] [TORCH=2.8.0] [ARGS="more arguments"]'
@@ -25,8 +25,11 @@ help: ## print this list
 env: ## set up .venv (STACK=openmmlab: .venv-openmmlab); minutes the first time, then a second
 	@$(PYTHON) tools/make_env.py --stack $(STACK) $(if $(TORCH),--torch $(TORCH))
 
-demo: env ## train, evaluate and deploy a small model on data that comes along
+demo: env ## train, evaluate and deploy a small segmentor on data that comes along
 	$(RUN) tools/demo.py $(ARGS)
+
+demo-det: env ## the same with instance segmentation
+	$(RUN) tools/demo.py --config configs/demo_mask-rcnn_unireplknet_a_digit-scenes.py $(ARGS)
 
 test: env ## run every test; those marked cuda only where torch sees a GPU
 	@if $(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then marks=''; else marks='not cuda'; fi; \

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 _SCHEMAS: torch.library.Library | None = None  # keeps the declared schemas alive
+_KERNELS: torch.library.Library | None = None  # keeps the kernels alive
 
 
 def ensure_torchvision() -> str:
@@ -46,6 +48,50 @@ def ensure_torchvision() -> str:
     import torchvision  # noqa: F401
 
     return 'declared'
+
+
+def ensure_detection_operators() -> None:
+    """Have torch.ops.torchvision.nms and roi_align, which every exporter of torch writes in standard operators.
+
+    A torchvision without its C extension (``ensure_torchvision``, seen with 0.28) has the names only; the kernels
+    of mmcv, which compute the same, then stand behind them.
+
+    Raises:
+        ModuleNotFoundError: There is no torchvision.
+    """
+    global _KERNELS
+    if ensure_torchvision() == 'absent':
+        raise ModuleNotFoundError('Exporting a detector needs torchvision: pip install torchvision.')
+    from torchvision.extension import _has_ops
+
+    if _KERNELS is not None or _has_ops():
+        return
+    from mmcv.ops import nms, roi_align
+
+    library = torch.library.Library('torchvision', 'FRAGMENT')
+    library.define(
+        'roi_align(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width, '
+        'int sampling_ratio, bool aligned) -> Tensor'
+    )
+
+    def nms_of_mmcv(dets: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+        return nms(dets, scores, iou_threshold)[1]
+
+    def roi_align_of_mmcv(
+        input: Tensor, rois: Tensor, scale: float, height: int, width: int, sampling_ratio: int, aligned: bool
+    ) -> Tensor:
+        return roi_align(input.contiguous(), rois, (height, width), scale, max(sampling_ratio, 0), 'avg', aligned)
+
+    def roi_align_shape(
+        input: Tensor, rois: Tensor, scale: float, height: int, width: int, sampling_ratio: int, aligned: bool
+    ) -> Tensor:
+        return input.new_empty((rois.shape[0], input.shape[1], height, width))
+
+    for device in ('CPU', 'CUDA'):
+        library.impl('nms', nms_of_mmcv, device)
+        library.impl('roi_align', roi_align_of_mmcv, device)
+    library.impl('roi_align', roi_align_shape, 'Meta')
+    _KERNELS = library
 
 
 def _named(function: Callable, module: str, name: str) -> Callable:

@@ -54,7 +54,7 @@ def edit(root, change, split='train2017'):
 
 
 def config(file, root, **more):
-    """Write the config of a small Mask R-CNN, two iterations from scratch; returns its path."""
+    """Write the config of a small Mask R-CNN, two iterations from scratch and a test; returns its path."""
     pipeline = [
         dict(type='LoadImageFromFile'),
         dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
@@ -96,6 +96,9 @@ def config(file, root, **more):
         model=model,
         train_dataloader=loader('train2017', filter_cfg=dict(filter_empty_gt=True)),
         train_cfg=dict(type='IterBasedTrainLoop', max_iters=2, val_interval=100),
+        test_dataloader=loader('val2017'),
+        test_cfg=dict(type='TestLoop'),
+        test_evaluator=dict(type='CocoMetric', ann_file=f'{root}/{FILE.format("val2017")}'),
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-4)),
         default_hooks=dict(
             checkpoint=dict(type='CheckpointHook', interval=1, by_epoch=False, max_keep_ckpts=1),

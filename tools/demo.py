@@ -3,6 +3,7 @@
 Example:
     python tools/demo.py
     python tools/demo.py --config configs/demo_upernet_resnet18_digit-scenes.py   # the same recipe, another backbone
+    python tools/demo.py --config configs/demo_mask-rcnn_unireplknet_a_digit-scenes.py   # instance segmentation
 """
 
 from __future__ import annotations
@@ -14,18 +15,13 @@ import sys
 import time
 from pathlib import Path
 
-import mmcv
-import numpy as np
-from mmengine.config import Config
-
-from mmunireplknet.analysis.figures import draw_results, read_scalars
+from mmunireplknet.analysis.figures import compare, draw_results, percentages, read_scalars
 from mmunireplknet.engine.atomic_checkpoint_hook import latest_checkpoint
-from mmunireplknet.engine.inference import Predictor
 from mmunireplknet.engine.launch import load_config
 
 TOOLS = Path(__file__).resolve().parent
 DEFAULT = TOOLS.parent / 'configs' / 'demo_upernet_unireplknet_a_digit-scenes.py'
-PICTURES = 8
+LARGEST_DIFFERENCE = 0.1  # of a metric between both forms, in points
 
 
 def call(script: str, *args: object) -> None:
@@ -36,34 +32,10 @@ def call(script: str, *args: object) -> None:
         sys.exit(f'{script} failed; its last lines above say why.')
 
 
-def has_unireplknet(cfg: Config) -> bool:
-    return cfg.model.backbone.type.endswith('UniRepLKNet')
-
-
-def test(config: Path, checkpoint: str, work_dir: Path, *options: str) -> float:
+def test(config: Path, scope: str, checkpoint: str, work_dir: Path, *options: str) -> dict[str, float]:
     metrics = work_dir / f'metrics{"".join(options)}.json'
     call('test.py', config, checkpoint, '--work-dir', work_dir / 'test', '--metrics', metrics, *options)
-    return float(json.loads(metrics.read_text())['mIoU'])
-
-
-def draw(cfg: Config, checkpoint: str, work_dir: Path, deploy: bool, title: str) -> Path:
-    predictor = Predictor(cfg, checkpoint, deploy=deploy)
-    dataset = cfg.val_dataloader.dataset
-    root = Path(dataset.data_root)
-    files = sorted((root / dataset.data_prefix.img_path).iterdir())[:PICTURES]
-    truths = [root / dataset.data_prefix.seg_map_path / f'{file.stem}.png' for file in files]
-    predictions = [predictor(file).pred_sem_seg.data[0].cpu().numpy().astype(np.uint8) for file in files]
-    out = work_dir / 'demo.png'
-    draw_results(
-        [mmcv.imread(str(file), channel_order='rgb') for file in files],
-        [mmcv.imread(str(file), flag='unchanged') for file in truths],
-        predictions,
-        **dataset.metainfo,
-        scalars=read_scalars(work_dir),
-        out=out,
-        title=title,
-    )
-    return out
+    return percentages(scope, json.loads(metrics.read_text()))
 
 
 def main() -> None:
@@ -81,19 +53,21 @@ def main() -> None:
     call('train.py', args.config, '--work-dir', work_dir, '--resume')
     minutes = (time.monotonic() - start) / 60
     checkpoint = latest_checkpoint(work_dir)
-    deploys = has_unireplknet(cfg)
-    miou = test(args.config, checkpoint, work_dir)
-    lines = [
-        f'training            {minutes:.1f} min (a finished run is not repeated: delete {work_dir} to train anew)',
-        f'mIoU                {miou:.2f} %',
-    ]
-    if deploys:
-        merged = test(args.config, checkpoint, work_dir, '--deploy')
-        lines.append(f'mIoU with --deploy  {merged:.2f} % (difference {abs(merged - miou):.4f})')
-        if abs(merged - miou) > 0.1:
-            sys.exit(f'The deploy form scores {merged}, the training form {miou}: reparameterization is broken.')
-    title = f'{args.config.stem}: mIoU {miou:.1f} % after {cfg.train_cfg.max_iters} iterations from scratch'
-    picture = draw(cfg, checkpoint, work_dir, deploys, title)
+    deploys = cfg.model.backbone.type.endswith('UniRepLKNet')
+    scores = test(args.config, cfg.default_scope, checkpoint, work_dir)
+    merged = test(args.config, cfg.default_scope, checkpoint, work_dir, '--deploy') if deploys else {}
+    lines = [f'training            {minutes:.1f} min (a finished run is not repeated: delete {work_dir} to train anew)']
+    for name, score in scores.items():
+        lines.append(f'{name:20}{score:.2f} %')
+        if name in merged:
+            difference = abs(merged[name] - score)
+            lines[-1] += f', with --deploy {merged[name]:.2f} % (difference {difference:.4f})'
+            if difference > LARGEST_DIFFERENCE:
+                sys.exit(f'{name}: the deploy form has {merged[name]}, the training form {score}: they are not equal.')
+    name, score = next(iter(scores.items()))
+    title = f'{args.config.stem}: {name} {score:.1f} % after {cfg.train_cfg.max_iters} iterations from scratch'
+    picture = work_dir / 'demo.png'
+    draw_results(compare(cfg, checkpoint, deploys), cfg.default_scope, read_scalars(work_dir), picture, title)
     lines += [f'checkpoint          {checkpoint}', f'picture             {picture}']
     print('\n' + '\n'.join(lines))
 

@@ -63,6 +63,7 @@ def check_annotations(
     folder: str | os.PathLike[str] | None,
     classes: Sequence[str] | None = None,
     masks: bool = True,
+    unlabelled: bool = False,
 ) -> Findings:
     """Look at every entry of an annotation file, and whether its images are there; none is opened.
 
@@ -71,9 +72,10 @@ def check_annotations(
         folder: where its images lie; None leaves them out.
         classes: names of the classes that a config trains, in its order; None for those of the file.
         masks: whether masks are used.
+        unlabelled: whether a file without a list of annotations will do, as COCO has it for test-dev.
     """
     found = Findings(Path(file))
-    content = _read(found)
+    content = _read(found, unlabelled)
     if content is None:
         return found
     faults, notes = _Kinds(), _Kinds()
@@ -96,7 +98,7 @@ def check_annotations(
     return found
 
 
-def _read(found: Findings) -> dict[str, Any] | None:
+def _read(found: Findings, unlabelled: bool) -> dict[str, Any] | None:
     try:
         content = json.loads(found.file.read_bytes())
     except OSError as error:
@@ -105,6 +107,8 @@ def _read(found: Findings) -> dict[str, Any] | None:
     except ValueError as error:
         found.faults.append(f'{found.file} is no whole JSON file ({error}); fetch or write it again')
         return None
+    if unlabelled and isinstance(content, dict):
+        content.setdefault('annotations', [])
     lists = ('images', 'annotations', 'categories')
     lacking = [key for key in lists if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if lacking:

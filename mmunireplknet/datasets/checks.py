@@ -37,12 +37,15 @@ def missing_data_message(dataset: str | os.PathLike[str] | Mapping[str, Any] | N
     return None
 
 
-def wrong_data_message(dataset: Mapping[str, Any] | None, notes: list[str] | None = None) -> str | None:
+def wrong_data_message(
+    dataset: Mapping[str, Any] | None, notes: list[str] | None = None, unlabelled: bool = False
+) -> str | None:
     """What is missing of a data set, or else what is wrong with its annotation file in COCO's format; None if nothing.
 
     Args:
         dataset: as for ``missing_data_message``.
         notes: takes a sentence for each kind of thing that mmdet passes over without a word, such as a box of no size.
+        unlabelled: whether the file may list images without annotations.
 
     Returns:
         One sentence, or None.
@@ -54,7 +57,7 @@ def wrong_data_message(dataset: Mapping[str, Any] | None, notes: list[str] | Non
         if file is None:
             continue
         folder = _image_folder(cfg)
-        found = check_annotations(file, folder, _classes(cfg), _uses_masks(cfg))
+        found = check_annotations(file, folder, _classes(cfg), _uses_masks(cfg), unlabelled)
         if not found.of_boxes and _kind(cfg) != 'CocoDataset':
             continue
         if found.faults:
@@ -63,6 +66,33 @@ def wrong_data_message(dataset: Mapping[str, Any] | None, notes: list[str] | Non
             return f'{file} has no image with a box of a class of the config; name its classes in metainfo, or fill it.'
         if notes is not None:
             notes += found.notes
+    return None
+
+
+def wrong_test_message(
+    dataset: Mapping[str, Any] | None, evaluator: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
+) -> str | None:
+    """The same for an evaluation, whose metric may read an annotation file of its own, or none when it only writes.
+
+    Args:
+        dataset: as for ``missing_data_message``.
+        evaluator: ``test_evaluator`` of the config.
+
+    Returns:
+        One sentence, or None.
+    """
+    metrics = [evaluator] if isinstance(evaluator, Mapping) else list(evaluator or [])
+    unlabelled = bool(metrics) and all(metric.get('format_only') for metric in metrics)
+    if message := wrong_data_message(dataset, unlabelled=unlabelled):
+        return message
+    for metric in metrics:
+        file = _annotation_file(metric)
+        if file is not None and not os.path.exists(file):
+            own = next(filter(None, map(_annotation_file, _innermost(dataset or {}))), 'FILE')
+            return (
+                f'The data is not there: {file}, which {_kind(metric)} of test_evaluator compares with, does not '
+                f'exist; put it there, or name another with --cfg-options test_evaluator.ann_file={own}.'
+            )
     return None
 
 

@@ -6,10 +6,13 @@ from .checkpoint_fit_hook import CheckpointFitHook
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .non_finite_loss_hook import NonFiniteLossHook
 from .random_state_hook import RandomStateHook
+from .reparameterize_hook import ReparameterizeHook
+from .sample_hook import SampleHook
 from .sharding import every_block
 from .swap_backbone import swap_backbone
 
 __all__ = [
     'AtomicCheckpointHook', 'BF16OptimWrapper', 'CheckpointFitHook', 'LayerDecayOptimWrapperConstructor',
-    'NonFiniteLossHook', 'RandomStateHook', 'every_block', 'latest_checkpoint', 'swap_backbone',
+    'NonFiniteLossHook', 'RandomStateHook', 'ReparameterizeHook', 'SampleHook', 'every_block', 'latest_checkpoint',
+    'swap_backbone',
 ]  # fmt: skip

@@ -18,7 +18,7 @@ from torch import nn
 from ..models.checkpoint import load_checkpoint, read_checkpoint
 from ..models.reparam import switch_to_deploy
 
-__all__ = ['Predictor', 'find_images']
+__all__ = ['Predictor', 'dataset_meta', 'find_images']
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 
@@ -41,6 +41,15 @@ def find_images(names: Iterable[str]) -> list[Path]:
             raise FileNotFoundError(f'{name}: no such file, no image ({", ".join(IMAGE_SUFFIXES)}) in it, or no match.')
         found.update(dict.fromkeys(matches))
     return list(found)
+
+
+def dataset_meta(cfg: Config, checkpoint: str) -> dict[str, Any]:
+    """Classes, palette and the like: what a checkpoint says, or else the config's test data."""
+    meta = read_checkpoint(checkpoint).get('meta') or {}
+    if 'dataset_meta' in meta:
+        return dict(meta['dataset_meta'])
+    dataset = cfg.test_dataloader.dataset
+    return {**getattr(DATASETS.get(dataset.type), 'METAINFO', {}), **dataset.get('metainfo', {})}
 
 
 class Predictor:
@@ -70,20 +79,12 @@ class Predictor:
         model: nn.Module = MODELS.build(cfg.model)
         load_checkpoint(model, checkpoint)
         model = revert_sync_batchnorm(model).to(device).eval()
-        meta = self._dataset_meta(cfg, checkpoint)
+        meta = dataset_meta(cfg, checkpoint)
         # Where the inference functions of mmseg and mmdet look, and mmpretrain's.
         vars(model).update(cfg=cfg, dataset_meta=meta, _config=cfg, _dataset_meta=meta)
         self.model = switch_to_deploy(model) if deploy else model
         self.visualizer = VISUALIZERS.build({**cfg.visualizer, 'name': f'predict-{id(self)}', 'vis_backends': None})
         self.visualizer.dataset_meta = meta
-
-    @staticmethod
-    def _dataset_meta(cfg: Config, checkpoint: str) -> dict[str, Any]:
-        meta = read_checkpoint(checkpoint).get('meta') or {}
-        if 'dataset_meta' in meta:
-            return dict(meta['dataset_meta'])
-        dataset = DATASETS.get(cfg.test_dataloader.dataset.type)
-        return {**getattr(dataset, 'METAINFO', {}), **cfg.test_dataloader.dataset.get('metainfo', {})}
 
     def __call__(self, image: str | Path) -> Any:
         """Predict on one image file; returns the data sample of the task."""

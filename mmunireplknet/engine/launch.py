@@ -20,6 +20,7 @@ from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
+from ..datasets.label_ranges import label_ranges
 from ..datasets.sample_errors import SampleError, name_samples
 from ..models.checkpoint import load_checkpoint
 from ..models.checkpoint_file import CheckpointError
@@ -58,7 +59,7 @@ def load_config(
 
     Args:
         file: Path of the config.
-        options: ``--cfg-options``.
+        options: ``--cfg-options``. ``data_root`` moves every data set and evaluator of the config there.
         work_dir: Wins over the config's; the default is work_dirs/<name of the config>.
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
 
@@ -71,10 +72,26 @@ def load_config(
         hint = f' The nearest in {path.parent}: {", ".join(near)}.' if near else ''
         raise FileNotFoundError(f'There is no config {file}.{hint}')
     cfg = Config.fromfile(path)
-    cfg.merge_from_dict(dict(options or {}))
+    options = dict(options or {})
+    place = options.get('data_root')
+    root = cfg.get('data_root') or cfg.get('train_dataloader', {}).get('dataset', {}).get('data_root')
+    cfg.merge_from_dict(options)
+    if place and root:
+        for name in [name for name in cfg if name.endswith(('_dataloader', '_evaluator'))]:
+            cfg[name] = _moved(cfg[name], root.rstrip('/'), place.rstrip('/'))
     cfg.launcher = launcher
     cfg.work_dir = work_dir or cfg.get('work_dir') or str(Path('work_dirs', path.stem))
     return cfg
+
+
+def _moved(value: Any, old: str, new: str) -> Any:
+    """``value`` with every path in or below ``old`` in or below ``new``."""
+    if isinstance(value, Mapping):
+        return {key: _moved(inner, old, new) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(inner, old, new) for inner in value)
+    inside = isinstance(value, str) and (value == old or value.startswith(f'{old}/'))
+    return new + value.removeprefix(old) if inside else value
 
 
 def check_work_dir(cfg: Config) -> None:
@@ -163,12 +180,12 @@ def _check_sharding(cfg: Config) -> None:
 
 
 def _use_safe_hooks(cfg: Config) -> None:
-    """Checkpoints are written atomically with all random states; those of another task or of NaN are refused."""
+    """Checkpoints are written atomically with all random states; what is wrong with one, a loss or a sample is told."""
     hooks = cfg.setdefault('default_hooks', ConfigDict())
     checkpoint = hooks.setdefault('checkpoint', ConfigDict(type='CheckpointHook', interval=1))
     if checkpoint and checkpoint.get('type') == 'CheckpointHook':
         checkpoint.type = 'AtomicCheckpointHook'
-    _add_hooks(cfg, 'CheckpointFitHook', 'NonFiniteLossHook', 'RandomStateHook')
+    _add_hooks(cfg, 'CheckpointFitHook', 'NonFiniteLossHook', 'RandomStateHook', 'SampleHook')
 
 
 def _add_hooks(cfg: Config, *names: str) -> None:
@@ -216,9 +233,10 @@ def build_runner(cfg: Config) -> Runner:
         raise
     build = runner.build_dataloader  # what the loops call; their workers may start before any hook is asked
 
-    def build_naming(*args: Any, **kwargs: Any) -> DataLoader:
-        loader = build(*args, **kwargs)
-        name_samples(loader.dataset)
+    def build_naming(dataloader: Any, *args: Any, **kwargs: Any) -> DataLoader:
+        trains = dataloader is runner._train_dataloader  # metrics may ignore other labels than losses
+        loader = build(dataloader, *args, **kwargs)
+        name_samples(loader.dataset, label_ranges(runner.model) if trains else ())
         return loader
 
     runner.build_dataloader = build_naming  # type: ignore[method-assign]

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import compat
+
 __all__ = ['GRN', 'LayerNorm2d', 'NCHWtoNHWC', 'NHWCtoNCHW', 'SEBlock']
 
 
@@ -70,7 +72,9 @@ class GRN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` (N, H, W, C)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, ord=2, dim=(1, 2), keepdim=True, dtype=dtype)
+        # torch's older ONNX exporter drops the dtype of a norm, so that a float16 model would overflow; the cast stays.
+        y = x.to(dtype) if compat.needs_standard_operators() else x
+        norm = torch.linalg.vector_norm(y, ord=2, dim=(1, 2), keepdim=True, dtype=dtype)
         scale = self.gamma * (norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)) + 1
         scale = scale.to(x.dtype)
         return x * scale if self.beta is None else torch.addcmul(self.beta.to(x.dtype), x, scale)

@@ -13,6 +13,7 @@ from mmunireplknet.analysis import flops
 from mmunireplknet.models.arch_zoo import ARCHS
 
 from ..test_configs import published_coco
+from ..test_configs.comparing import load
 from ..test_tools.test_command_line import run_tool
 
 ROOT = Path(__file__).parents[2]
@@ -37,10 +38,6 @@ CLASSIFICATION = {
 }  # fmt: skip
 
 
-def config(name):
-    return Config.fromfile(ROOT / 'configs' / f'{name}.py')
-
-
 def classifier(arch):
     backbone = dict(type='UniRepLKNet', arch=arch, out_indices=(3,), gap_before_final_norm=True)
     head = dict(type='LinearClsHead', num_classes=1000, in_channels=ARCHS[arch].dims[3])
@@ -58,7 +55,7 @@ def documented(name, result):
 @pytest.mark.parametrize('name', published_coco.RECIPES)
 def test_detection(name):
     pytest.importorskip('mmdet.models')
-    result = flops.complexity(config(name))
+    result = flops.complexity(load(name))
     assert documented(name, result)
     assert result.shape == (800, 1280)
     assert result.total / 1e9 == pytest.approx(published_coco.RECIPES[name].flops, rel=0.02)
@@ -70,7 +67,7 @@ def test_detection(name):
 @pytest.mark.parametrize('name', ADE20K)
 def test_segmentation(name):
     pytest.importorskip('mmseg.models')
-    result = flops.complexity(config(name))
+    result = flops.complexity(load(name))
     size = 640 if name.endswith('640') else 512
     assert result.shape == (size, 4 * size)
     assert result.total / 1e9 == pytest.approx(ADE20K[name], rel=0.02)
@@ -96,7 +93,7 @@ def test_classification(arch, size):
 def test_boxes_follow_the_convention(name):
     """A box head of mmdet's Mask R-CNN is two linear layers and two small ones: counted by hand."""
     pytest.importorskip('mmdet.models')
-    result = flops.complexity(config(name))
+    result = flops.complexity(load(name))
     assert documented(name, result)
     parts = result.multiply_adds
     assert parts['roi_head.bbox_head'] == 1000 * (256 * 49 * 1024 + 1024 * 1024 + 1024 * (81 + 320))
@@ -106,9 +103,9 @@ def test_boxes_follow_the_convention(name):
 
 def test_both_forms_and_other_backbones():
     pytest.importorskip('mmseg.models')
-    ours = flops.complexity(config('demo_upernet_unireplknet_a_digit-scenes'))
+    ours = flops.complexity(load('demo_upernet_unireplknet_a_digit-scenes'))
     assert ours.shape == (128, 128)
-    other = flops.complexity(config('demo_upernet_resnet18_digit-scenes'))
+    other = flops.complexity(load('demo_upernet_resnet18_digit-scenes'))
     assert other.train_params == other.deploy_params
     assert other.multiply_adds['backbone'] > 0
 

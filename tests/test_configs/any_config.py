@@ -1,5 +1,7 @@
 """What tests/test_configs/test_any_config.py does with a config as mmdet, mmseg or mmpretrain ships it."""
 
+import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -44,10 +46,20 @@ class Row:
     slow: bool = False
 
 
+@functools.cache
+def _read(file: Path) -> Config:
+    return Config.fromfile(file)
+
+
 def shipped(library: str, config: str) -> Config:
     """A config as it lies in the installed library."""
+    return copy.deepcopy(_read(shipped_file(library, config)))
+
+
+def shipped_file(library: str, config: str) -> Path:
+    """Where that is."""
     pytest.importorskip(f'{library}.models')
-    return Config.fromfile(Path(find_spec(library).origin).parent / '.mim' / 'configs' / config)
+    return Path(find_spec(library).origin).parent / '.mim' / 'configs' / config
 
 
 def small_data(row: Row, cfg: Config, model: nn.Module) -> Callable[[bool], dict]:

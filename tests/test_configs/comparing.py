@@ -1,21 +1,42 @@
-"""Reading configs and comparing them with a table."""
+"""Reading configs, building their models and comparing them with a table."""
 
 import copy
 import functools
+import tempfile
 from pathlib import Path
 
+import pytest
 from mmengine.config import Config
 
-CONFIGS = Path(__file__).parents[2] / 'configs'
+from mmunireplknet.analysis.flops import build_on_meta
+
+CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
+NAMES = sorted(path.stem for path in CONFIGS.glob('*.py'))
 
 
 @functools.cache
 def _load(name):
-    return Config.fromfile(CONFIGS / f'{name}.py')
+    """Once for all tests, and from a folder from which no relative path leads to anything."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return Config.fromfile(CONFIGS / f'{name}.py')
 
 
 def load(name):
     return copy.deepcopy(_load(name))  # mmengine's own copy() shares the parts
+
+
+@functools.cache
+def build(name, deploy=False):
+    """The model of a config on the meta device: shapes without memory. Built once, so leave it as it is."""
+    cfg = _load(name)
+    pytest.importorskip(f'{cfg.default_scope}.models')
+    return build_on_meta(cfg, deploy)
+
+
+def header(name):
+    """What the config says of itself."""
+    return (CONFIGS / f'{name}.py').read_text().partition('_base_')[0]
 
 
 def get(cfg, path, default=None):

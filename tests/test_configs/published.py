@@ -77,6 +77,7 @@ COMMON = {
     'default_hooks.checkpoint.max_keep_ckpts': 20,
     'default_hooks.checkpoint.save_best': 'mIoU',
     'default_hooks.logger.interval': 50,
+    'custom_hooks': [dict(type='RandomStateHook')],
     'env_cfg.cudnn_benchmark': True,
     'test_evaluator': dict(type='IoUMetric', iou_metrics=['mIoU']),
 }

@@ -3,36 +3,21 @@
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
 from mmunireplknet.models import CHECKPOINTS, UniRepLKNetBlock
 
 from . import published
-from .comparing import CONFIGS, differences, load, plain
+from .comparing import NAMES, build, differences, header, load, plain
 from .published import RECIPES
 
 OWN = {f'upernet_unireplknet_{arch}_ade20k': arch for arch in 'afpn'}
 ALL = (*RECIPES, *OWN)
 
 
-def build(cfg, deploy=False):
-    """The model of a config on the meta device: shapes without memory."""
-    pytest.importorskip('mmseg.models')
-    cfg.model.backbone.init_cfg = None
-    cfg.model.backbone.deploy = deploy
-    with DefaultScope.overwrite_default_scope('mmseg'), torch.device('meta'):
-        return MODELS.build(cfg.model)
-
-
 def test_every_config_is_known():
-    assert {path.stem for path in CONFIGS.glob('upernet_*ade20k*.py')} == set(ALL)
-
-
-@pytest.mark.parametrize('name', ALL)
-def test_short(name):
-    assert len((CONFIGS / f'{name}.py').read_text().splitlines()) <= 25
+    assert {name for name in NAMES if 'ade20k' in name} == set(ALL)
 
 
 @pytest.mark.parametrize('name', RECIPES)
@@ -56,18 +41,16 @@ def test_recipe_is_the_published_one(name):
 
 @pytest.mark.parametrize('name', RECIPES)
 def test_header_states_the_published_result(name):
-    header = (CONFIGS / f'{name}.py').read_text().partition('_base_')[0]
     single, multi = RECIPES[name].miou.split(' / ')
-    assert f'Published mIoU: {single} single-scale, {multi} multi-scale' in header
-    assert ('missing upstream' in header) == (RECIPES[name].arch == 'xl')
+    assert f'Published mIoU: {single} single-scale, {multi} multi-scale' in header(name)
+    assert ('missing upstream' in header(name)) == (RECIPES[name].arch == 'xl')
 
 
 @pytest.mark.parametrize(('name', 'arch'), OWN.items())
 def test_own_recipe_says_that_it_is_not_published(name, arch):
     cfg = load(name)
-    header = (CONFIGS / f'{name}.py').read_text().partition('_base_')[0]
-    assert 'Not published' in header
-    assert 'not tuned' in header
+    assert 'Not published' in header(name)
+    assert 'not tuned' in header(name)
     expected = {f'model.{path}': value for path, value in published.MODEL.items()} | published.COMMON
     expected |= {
         'model.data_preprocessor.size': (512, 512),
@@ -78,7 +61,6 @@ def test_own_recipe_says_that_it_is_not_published(name, arch):
         'optim_wrapper.paramwise_cfg': dict(decay_rate=1.0, num_layers=9),
     }
     assert differences(cfg, expected) == {}
-    assert CHECKPOINTS[cfg.model.backbone.init_cfg.checkpoint].arch == arch
 
 
 @pytest.mark.parametrize('name', ALL)
@@ -89,7 +71,6 @@ def test_pipelines(name):
     for loader in (cfg.val_dataloader, cfg.test_dataloader):
         assert plain(loader.dataset.pipeline) == plain(published.test_pipeline(crop))
         assert loader.batch_size == 1
-        assert not loader.sampler.shuffle
         assert 'validation' in loader.dataset.data_prefix.img_path
     assert 'training' in cfg.train_dataloader.dataset.data_prefix.img_path
     assert cfg.train_dataloader.sampler == dict(type='InfiniteSampler', shuffle=True)
@@ -142,25 +123,17 @@ def test_pipelines_run(name, tmp_path):
 def test_parameters(arch):
     """Deploy form, without the auxiliary head, which only training has: what the README counts."""
     for name in (name for name, recipe in RECIPES.items() if recipe.arch == arch):
-        model = build(load(name), deploy=True)
+        model = build(name, deploy=True)
         count = sum(p.numel() for key, p in model.named_parameters() if not key.startswith('auxiliary_head')) / 1e6
         assert count == pytest.approx(RECIPES[name].params, abs=0.005)
         assert f'{count:.0f}M' == published.PARAMS_IN_README[arch]
 
 
 @pytest.mark.parametrize('name', ALL)
-def test_builds_with_drop_path_and_checkpointing(name):
-    cfg = load(name)
-    rate, with_cp = cfg.model.backbone.drop_path_rate, cfg.model.backbone.with_cp
-    model = build(cfg)
-    blocks = [m for m in model.backbone.modules() if isinstance(m, UniRepLKNetBlock)]
+def test_builds(name):
+    model = build(name)
     if name in RECIPES:
-        assert len(blocks) == RECIPES[name].num_blocks
-    # Published: rate_i = rate * i / (number of blocks - 1).
-    expected = [rate * i / (len(blocks) - 1) for i in range(len(blocks))]
-    actual = [getattr(block.drop_path, 'drop_prob', 0.0) for block in blocks]
-    assert actual == pytest.approx(expected, abs=1e-7)
-    assert {block.with_cp for block in blocks} == {with_cp}
+        assert sum(isinstance(m, UniRepLKNetBlock) for m in model.backbone.modules()) == RECIPES[name].num_blocks
     assert model.decode_head.num_classes == 150
     assert all(isinstance(m, torch.nn.SyncBatchNorm) for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
 
@@ -188,19 +161,6 @@ def test_schedule_is_the_published_curve(name):
             scheduler.step()
     assert all(s.end <= 160000 and not s.by_epoch for s in schedulers)
     assert schedulers[1].eta_min == 0.0
-
-
-@pytest.mark.parametrize('name', ALL)
-def test_loads_from_anywhere(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    cfg = Config.fromfile(str((CONFIGS / f'{name}.py').resolve()))
-    assert cfg.custom_imports == dict(imports=['mmunireplknet'], allow_failed_imports=False)
-    assert cfg.default_scope == 'mmseg'
-    assert cfg.default_hooks.checkpoint.type == 'AtomicCheckpointHook'
-    assert cfg.custom_hooks == [dict(type='RandomStateHook')]
-    cfg.merge_from_dict({'model.backbone.init_cfg': None})
-    assert cfg.model.backbone.init_cfg is None
-    assert Config.fromstring(cfg.pretty_text, '.py').model == cfg.model
 
 
 def shrink(cfg, root, work_dir):

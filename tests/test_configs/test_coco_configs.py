@@ -8,33 +8,19 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
-from mmunireplknet.analysis.flops import build_on_meta, count_parameters
+from mmunireplknet.analysis.flops import count_parameters
 from mmunireplknet.models import CHECKPOINTS, UniRepLKNetBlock
 
 from . import published_coco as published
-from .comparing import CONFIGS, differences, load, plain
+from .comparing import NAMES, build, differences, header, load, plain
 from .published_coco import RECIPES
 
 OWN = {f'mask-rcnn_unireplknet_{arch}_coco': arch for arch in 'afpn'}
 ALL = (*RECIPES, *OWN)
 
 
-def header(name):
-    return (CONFIGS / f'{name}.py').read_text().partition('_base_')[0]
-
-
-def build(name, deploy=False):
-    pytest.importorskip('mmdet.models')
-    return build_on_meta(load(name), deploy)
-
-
 def test_every_config_is_known():
-    assert {path.stem for path in CONFIGS.glob('*_coco*.py')} == set(ALL)
-
-
-@pytest.mark.parametrize('name', ALL)
-def test_short(name):
-    assert len((CONFIGS / f'{name}.py').read_text().splitlines()) <= 25
+    assert {name for name in NAMES if 'coco' in name} == set(ALL)
 
 
 @pytest.mark.parametrize('name', RECIPES)
@@ -90,7 +76,6 @@ def test_own_recipe_says_that_it_is_not_published(name, arch):
         'custom_hooks': [dict(type='RandomStateHook')],
     }
     assert differences(cfg, expected) == {}
-    assert CHECKPOINTS[cfg.model.backbone.init_cfg.checkpoint].arch == arch
 
 
 @pytest.mark.parametrize('name', ALL)
@@ -101,7 +86,6 @@ def test_test_pipeline(name):
         assert kinds == ['LoadImageFromFile', 'Resize', 'LoadAnnotations', 'PackDetInputs']
         assert loader.dataset.pipeline[1].scale == published.TEST_SCALE
         assert loader.dataset.pipeline[1].keep_ratio
-        assert not loader.sampler.shuffle
 
 
 def test_train_pipeline_runs(tmp_path):
@@ -135,19 +119,14 @@ def test_train_pipeline_runs(tmp_path):
 
 
 @pytest.mark.parametrize('name', ALL)
-def test_builds_with_drop_path(name):
+def test_builds(name):
     model = build(name)
-    cfg = load(name).model
-    blocks = [m for m in model.backbone.modules() if isinstance(m, UniRepLKNetBlock)]
-    # Published: rate_i = rate * i / (number of blocks - 1).
-    expected = [cfg.backbone.drop_path_rate * i / (len(blocks) - 1) for i in range(len(blocks))]
-    actual = [getattr(block.drop_path, 'drop_prob', 0.0) for block in blocks]
-    assert actual == pytest.approx(expected, abs=1e-7)
     if name in OWN:
         assert not any(type(m).__name__ == 'SyncBatchNorm' for m in model.modules())
         return
+    blocks = [m for m in model.backbone.modules() if isinstance(m, UniRepLKNetBlock)]
     assert len(blocks) == RECIPES[name].num_blocks
-    assert {block.with_cp for block in blocks} == {True}
+    assert all(block.with_cp for block in blocks)
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     assert {type(m).__name__ for m in norms} == {'SyncBatchNorm'}
     heads = [m for m in model.roi_head.modules() if type(m).__name__ == 'SyncBatchNorm']
@@ -215,17 +194,7 @@ def test_average_is_the_published_one():
     assert lag > 0.5, 'the average follows the value too closely to tell anything'
 
 
-@pytest.mark.parametrize('name', ALL)
-def test_loads_from_anywhere(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    cfg = Config.fromfile(str((CONFIGS / f'{name}.py').resolve()))
-    assert cfg.custom_imports == dict(imports=['mmunireplknet'], allow_failed_imports=False)
-    assert cfg.default_scope == 'mmdet'
-    cfg.merge_from_dict({'model.backbone.init_cfg': None})
-    assert cfg.model.backbone.init_cfg is None
-
-
 def test_survives_being_written():
-    """The work dir holds the config as text, which mmengine can read again."""
+    """As test_every_config.py has it, with yapf."""
     cfg = load('cascade-mask-rcnn_unireplknet_l-in22k_coco')
     assert Config.fromstring(cfg.pretty_text, '.py').to_dict() == cfg.to_dict()

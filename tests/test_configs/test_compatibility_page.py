@@ -10,7 +10,7 @@ from mmengine.registry import MODELS, DefaultScope
 
 from mmunireplknet import UniRepLKNet
 
-from .any_config import shipped
+from .any_config import shipped_file
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r'```python\n# (mm\w+): (\S+)\n(.*?)```', re.S)
@@ -28,7 +28,7 @@ def test_all_three_libraries_are_shown():
 @pytest.mark.parametrize(('library', 'config', 'lines'), BLOCKS)
 def test_lines_below_base(library, config, lines, tmp_path):
     file = tmp_path / 'config.py'
-    file.write_text(f'_base_ = {str(shipped(library, config).filename)!r}\n{lines}')
+    file.write_text(f'_base_ = {str(shipped_file(library, config))!r}\n{lines}')
     cfg = Config.fromfile(file)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         model = MODELS.build(cfg.model).eval()

@@ -1,25 +1,19 @@
 """The demo's configs: one recipe, several backbones; names and colours agree with the data set."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from mmunireplknet.datasets.digit_scenes import metainfo
 
-CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
-DEMOS = sorted(CONFIGS.glob('demo_*.py'))
+from .comparing import NAMES, load
+
+DEMOS = [name for name in NAMES if name.startswith('demo_upernet_')]
 
 
-def load(path):
-    return Config.fromfile(path)
-
-
-@pytest.mark.parametrize('path', DEMOS, ids=lambda p: p.stem)
-def test_builds_and_computes_a_loss(path):
-    cfg = load(path)
+@pytest.mark.parametrize('name', DEMOS)
+def test_builds_and_computes_a_loss(name):
+    cfg = load(name)
     init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model)
     model.init_weights()
@@ -31,18 +25,18 @@ def test_builds_and_computes_a_loss(path):
     assert float(model.decode_head.conv_seg.weight.std()) == pytest.approx(0.1, rel=0.3)
 
 
-@pytest.mark.parametrize('path', DEMOS, ids=lambda p: p.stem)
-def test_names_are_those_of_the_data(path):
-    cfg = load(path)
+@pytest.mark.parametrize('name', DEMOS)
+def test_names_are_those_of_the_data(name):
+    cfg = load(name)
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         info = loader.dataset.metainfo
         assert info.to_dict() == metainfo(len(info['classes']) - 1)
 
 
 def test_the_recipe_is_the_same_for_every_backbone():
-    ours = load(CONFIGS / 'demo_upernet_unireplknet_a_digit-scenes.py')
+    ours = load('demo_upernet_unireplknet_a_digit-scenes')
     for name in ('resnet18', 'convnext-atto'):
-        peer = load(CONFIGS / f'demo_upernet_{name}_digit-scenes.py')
+        peer = load(f'demo_upernet_{name}_digit-scenes')
         for cfg in (ours, peer):
             cfg.model.pop('backbone', None)
             cfg.model.decode_head.pop('in_channels', None)
@@ -50,7 +44,7 @@ def test_the_recipe_is_the_same_for_every_backbone():
 
 
 def test_no_demo_only_parts():
-    cfg = load(CONFIGS / 'demo_upernet_unireplknet_a_digit-scenes.py')
+    cfg = load('demo_upernet_unireplknet_a_digit-scenes')
     assert cfg.model.backbone.type == 'UniRepLKNet'
     assert cfg.train_dataloader.dataset.type == 'BaseSegDataset'
     assert cfg.val_evaluator.type == 'IoUMetric'

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mmunireplknet.datasets import coco
-from mmunireplknet.datasets.checks import missing_data_message, wrong_data_message
+from mmunireplknet.datasets.checks import missing_data_message, wrong_data_message, wrong_test_message
 
 from ..coco_stand_in import FILE, NAMES, edit, generate
 from .server import Server
@@ -137,6 +137,29 @@ def test_nothing_to_train(root):
     edit(root, lambda content: content['annotations'].clear())
     cfg = dataset(root, filter_cfg=dict(filter_empty_gt=True))
     assert 'has no image with a box of a class of the config' in wrong_data_message(cfg)
+
+
+def test_one_sentence_before_an_evaluation(root):
+    cfg = dataset(root)
+    metric = dict(type='CocoMetric', ann_file=str(root / FILE.format('train2017')))
+    for evaluator in (None, metric, [dict(type='DumpResults'), metric], dict(type='CocoMetric')):
+        assert wrong_test_message(dict(dataset=cfg), evaluator) is None
+    edit(root, lambda content: content.pop('annotations'))
+    assert 'has no list of annotations' in wrong_test_message(cfg, metric)
+    assert 'has no list of annotations' in wrong_test_message(cfg, [metric, dict(metric, format_only=True)])
+    assert wrong_test_message(cfg, dict(metric, format_only=True)) is None, 'image_info_test-dev2017.json has none'
+    edit(root, lambda content: content.pop('images'))
+    assert 'has no list of images' in wrong_test_message(cfg, dict(metric, format_only=True))
+
+
+def test_the_file_that_a_metric_compares_with(root):
+    lost = dict(type='mmdet.CocoMetric', ann_file='data/coco/lost.json')
+    message = wrong_test_message(dict(dataset=dataset(root)), lost)
+    assert message == (
+        'The data is not there: data/coco/lost.json, which CocoMetric of test_evaluator compares with, does not exist; '
+        f'put it there, or name another with --cfg-options test_evaluator.ann_file={root / FILE.format("train2017")}.'
+    )
+    assert wrong_test_message(dataset(root), dict(lost, backend_args=dict(backend='petrel'))) is None
 
 
 def test_the_classes_of_the_type(root):

@@ -6,6 +6,7 @@ import pytest
 from mmengine.dataset import BaseDataset, Compose, pseudo_collate
 from torch.utils.data import DataLoader
 
+from mmunireplknet.datasets.label_ranges import LabelRange
 from mmunireplknet.datasets.sample_errors import NamingCompose, SampleError, name_samples
 
 pytestmark = pytest.mark.slow
@@ -58,9 +59,14 @@ def files(tmp_path):
     return paths
 
 
-def named(*args, **info):
+class Pack:
+    def __call__(self, data):
+        return dict(packed=data['gt_seg_map'])
+
+
+def named(*args, ranges=(), **info):
     dataset = Images(*args, **info)
-    name_samples(dataset)
+    name_samples(dataset, ranges)
     assert isinstance(dataset.pipeline, NamingCompose)
     return dataset
 
@@ -91,11 +97,34 @@ def test_a_mask_of_another_size(files):
         dataset[0]
 
 
+def test_the_truth_may_be_read_behind_the_resizing(files):
+    """As test pipelines of mmseg do: it keeps its size."""
+    pipeline = NamingCompose(Compose([Load(), Crop(), LoadMask()]))
+    assert pipeline(dict(img_path=str(files[0]), seg_map_path=str(files[1])))['img'].shape == (4, 6, 3)
+    mmcv.imwrite(np.zeros((4, 6), np.uint8), str(files[2]))  # of the size of the resized image
+    with pytest.raises(SampleError, match='has a mask of 4 by 6 pixels, but is 8 by 6'):
+        pipeline(dict(img_path=str(files[0]), seg_map_path=str(files[2])))
+
+
 def test_annotations_for_another_size(files):
     dataset = named(files, [Load()], height=6, width=8, instances=[])
     with pytest.raises(SampleError, match=r'is 8 by 6 pixels .*, but its annotations are for 6 by 8; .*EXIF'):
         dataset[0]
     assert named(files, [Load()], height=6, width=8)[0]['img'].shape == (8, 6, 3), 'no annotations, no fault'
+
+
+@pytest.mark.parametrize('steps', [[Load(), LoadMask()], [Load(), LoadMask(), Pack()]])
+def test_labels_are_looked_at_as_they_are_packed(files, steps):
+    def double(data):
+        data['gt_seg_map'] *= 2
+        return data
+
+    mmcv.imwrite(np.full((8, 6), 3, np.uint8), str(files[2]))
+    given = dict(ranges=(LabelRange('decode_head', 4, 255),), seg_map_path=str(files[2]))
+    assert named(files, steps, **given)[0].keys() & {'img', 'packed'}
+    with pytest.raises(SampleError, match=f'^{files[0]} with {files[2]} has the label 6 in 48 pixels, but the 4 clas'):
+        named(files, [*steps[:2], double, *steps[2:]], **given)[0]
+    named(files, [*steps[:2], double], seg_map_path=str(files[2]))[0]
 
 
 def test_a_transform_may_still_ask_for_another_sample(files):

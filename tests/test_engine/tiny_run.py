@@ -37,8 +37,8 @@ SAVE_EVERY = 4
 COMPARED = ('state_dict', 'optimizer', 'param_schedulers', 'random_state')
 
 
-def start(work_dir, *args, ranks=1):
-    """Start the training in a process per rank; returns a function that waits and gives the exit codes."""
+def start(work_dir, *args, ranks=1, script=__file__):
+    """Start a training (a file or a module) in a process per rank; returns a function that waits for the exit codes."""
     root = Path(__file__).parents[2]
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')]))
     env.update(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
@@ -52,7 +52,7 @@ def start(work_dir, *args, ranks=1):
         with open(Path(work_dir) / f'output_{rank}.txt', 'a') as output:
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, __file__, str(work_dir), *args],
+                    [sys.executable, *([script] if script.endswith('.py') else ['-m', script]), str(work_dir), *args],
                     env=dict(env, RANK=str(rank), LOCAL_RANK=str(rank)),
                     stdout=output,
                     stderr=subprocess.STDOUT,

@@ -1,16 +1,18 @@
-"""Bad input to tools/train.py: one clear sentence, and checkpoints that were written stay as they were."""
+"""Bad input to tools/train.py and tools/test.py: one clear sentence, and checkpoints stay as they were."""
 
 import json
 import os
 import shutil
 
+import mmcv
 import pytest
 import torch
 
+from mmunireplknet.datasets.digit_scenes import generate as generate_scenes
 from mmunireplknet.engine.launch import check_work_dir, load_config
 
 from ..coco_stand_in import config, edit, generate
-from .test_command_line import RUNS, run_tool
+from .test_command_line import CONFIG, RUNS, options, run_tool
 
 pytestmark = pytest.mark.slow
 
@@ -27,11 +29,11 @@ def root(whole, tmp_path):
     return shutil.copytree(whole, tmp_path / 'coco')
 
 
-def train(root, *arguments, **options):
+def train(root, *arguments, **changes):
     """What the tool says, and the work dir."""
     work_dir = root.parent / 'run'
     name = f'bad{next(RUNS)}'  # mmengine keeps visualizers and loggers by name for the life of a process
-    values = {'visualizer.name': name, 'experiment_name': name, **options}
+    values = {'visualizer.name': name, 'experiment_name': name, **changes}
     flags = ['--cfg-options', *(f'{key}={value}' for key, value in values.items())]
     file = config(root.parent / 'config.py', root)
     return run_tool('train.py', file, '--work-dir', work_dir, *arguments, *flags), work_dir
@@ -80,6 +82,22 @@ def test_annotation_files_are_read_before_the_training(root, name):
     one_sentence(message, file, *parts)
     assert [path.name for path in work_dir.iterdir()] == ['iter_7.pth'], 'nothing was started'
     assert (work_dir / 'iter_7.pth').read_bytes() == b'from before'
+
+
+@pytest.mark.parametrize('tool', ['train.py', 'test.py'])
+def test_the_data_of_evaluations_is_read_before_the_model_is_built(root, tool):
+    file = edit(root, lambda content: content['annotations'][3].update(category_id=81), 'val2017')
+    file_of_config, work_dir = config(root.parent / 'config.py', root), root.parent / 'run'
+    if tool == 'train.py':
+        with file_of_config.open('a') as lines:
+            lines.write(
+                "\nval_dataloader, val_evaluator, val_cfg = test_dataloader, test_evaluator, dict(type='ValLoop')"
+            )
+    (checkpoint := root.parent / 'some.pth').touch()
+    flags = ['--work-dir', work_dir, '--cfg-options', 'model.backbone.zzz=1']  # an error where a model is built
+    message = run_tool(tool, file_of_config, *([checkpoint] if tool == 'test.py' else []), *flags)
+    one_sentence(message, file, 'annotation 4 of 000000000001.jpg', 'category id 81', 'correct the id')
+    assert not work_dir.exists()
 
 
 def test_an_image_file_without_content(root):
@@ -162,6 +180,19 @@ def test_a_corrupt_jpeg(root, workers):
     assert checked(work_dir)
 
 
+def test_a_corrupt_jpeg_after_a_switch_of_pipelines(root):
+    """The second epoch cannot decode what the first could."""
+    switch = dict(
+        type='PipelineSwitchHook',
+        switch_epoch=1,
+        switch_pipeline=[dict(type='LoadImageFromFile', imdecode_backend='none'), dict(type='PackDetInputs')],
+    )
+    epochs = {'train_cfg': dict(type='EpochBasedTrainLoop', max_epochs=2), 'custom_hooks': [switch]}
+    file = config(root.parent / 'config.py', root, **epochs)
+    message = run_tool('train.py', file, '--work-dir', root.parent / 'run')
+    one_sentence(message, f'SampleError: {root}/train2017/000000000000.jpg (image id 1) cannot be loaded', 'repair it')
+
+
 def test_an_image_of_another_size_than_its_annotations(root):
     path = shutil.copy(root / 'val2017/000000000000.jpg', root / 'train2017/000000000003.jpg')
 
@@ -176,8 +207,7 @@ def test_an_image_of_another_size_than_its_annotations(root):
 
 
 def test_a_loss_that_is_not_finite(root):
-    options = {'optim_wrapper.optimizer.lr': 1e30, 'train_cfg.max_iters': 4}
-    message, work_dir = train(root, **options)
+    message, work_dir = train(root, **{'optim_wrapper.optimizer.lr': 1e30, 'train_cfg.max_iters': 4})
     one_sentence(
         message, 'NonFiniteLossError: the loss of iteration 2 is not finite (loss nan', 'train2017/000000000002.jpg',
         work_dir / 'iter_1.pth', 'is kept, go on from it by --resume with a smaller learning rate',
@@ -192,3 +222,26 @@ def test_the_hook_is_in_every_run(root):
     assert dumped.count("type='NonFiniteLossHook'") == 1
     records = next(work_dir.glob('*/vis_data/scalars.json')).read_text().splitlines()
     assert len([json.loads(line) for line in records]) == 2
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_mask_with_a_label_without_a_class(tmp_path, workers):
+    """Of an mmseg data set: the first iteration trains, the second has it."""
+    pytest.importorskip('mmseg.models')
+    scenes, work_dir = tmp_path / 'digit_scenes', tmp_path / 'run'
+    generate_scenes(scenes, dict(train=4, val=1), size=(64, 64))
+    mask = sorted((scenes / 'annotations/training').glob('*.png'))[2]
+    labels = mmcv.imread(str(mask), 'unchanged')
+    labels[:2, :3] = 11
+    mmcv.imwrite(labels, str(mask))
+    changes = {'train_dataloader.sampler.shuffle': False, 'train_cfg.val_interval': 9, 'model.decode_head.channels': 8}
+    changes |= {'model.decode_head.loss_decode.class_weight': None, 'train_dataloader.num_workers': workers}
+    arguments = [CONFIG, '--work-dir', work_dir, *options(scenes, **changes)]
+    message = run_tool('train.py', *arguments)
+    one_sentence(
+        message, f'SampleError: {scenes}/images/training/{mask.stem}.jpg with {mask} has the label 11 in 6 pixels',
+        'but the 11 classes of decode_head have 0 to 10 and its ignore_index is 255; if 11 is no class, set ignore',
+        'reduce_zero_label=True', 'metainfo=dict(classes=...)',
+    )  # fmt: skip
+    assert checked(work_dir)
+    assert run_tool('train.py', *arguments, 'model.decode_head.ignore_index=11') is None

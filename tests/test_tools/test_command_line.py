@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / 'tools'
 RUNS = itertools.count()
 CONFIG = ROOT / 'configs' / 'demo_upernet_unireplknet_a_digit-scenes.py'
+DETECTOR = ROOT / 'configs' / 'demo_mask-rcnn_unireplknet_a_digit-scenes.py'
+ANNOTATIONS = '/annotations/instances_val.json'
 
 
 def run_tool(script, *args):
@@ -171,20 +173,26 @@ def test_tta(work_dir, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_demo(tmp_path):
-    config = tmp_path / 'tiny.py'
+@pytest.mark.parametrize('config', [CONFIG, DETECTOR], ids=['segmentation', 'detection'])
+def test_demo(config, tmp_path):
     values = dict(train_cfg=dict(max_iters=2, val_interval=2), default_hooks=dict(logger=dict(interval=1)))
+    if config is DETECTOR:  # something to score and to draw after two iterations
+        values['model'] = dict(test_cfg=dict(rcnn=dict(score_thr=0.0, max_per_img=20)))
     lines = [f'{key} = {value!r}' for key, value in values.items()]
     data = tmp_path / 'digit_scenes'
     lines += [f'data_root = {str(data)!r}']
     lines += [f'{s}_dataloader = dict(dataset=dict(data_root=data_root))' for s in ('train', 'val', 'test')]
-    config.write_text('\n'.join([f'_base_ = {str(CONFIG)!r}', *lines]))
-    arguments = ['--config', config, '--work-dir', tmp_path / 'run', '--train', 8, '--val', 8]
+    if config is DETECTOR:
+        lines += [f'{s}_evaluator = dict(ann_file={str(data)!r} + {ANNOTATIONS!r})' for s in ('val', 'test')]
+    tiny = tmp_path / 'tiny.py'
+    tiny.write_text('\n'.join([f'_base_ = {str(config)!r}', *lines]))
+    arguments = ['--config', tiny, '--work-dir', tmp_path / 'run', '--train', 8, '--val', 8]
     assert run_tool('demo.py', *arguments) is None
     assert (tmp_path / 'run' / 'demo.png').stat().st_size > 50_000
-    scores = [json.loads(p.read_text())['mIoU'] for p in sorted((tmp_path / 'run').glob('metrics*.json'))]
+    files = sorted((tmp_path / 'run').glob('metrics*.json'))
+    scores = [json.loads(file.read_text())['mIoU' if config is CONFIG else 'coco/bbox_mAP_50'] for file in files]
     assert len(scores) == 2
-    assert scores[0] == pytest.approx(scores[1], abs=0.1)
+    assert scores[0] == pytest.approx(scores[1], abs=0.1 if config is CONFIG else 0.001)
 
 
 @pytest.mark.slow

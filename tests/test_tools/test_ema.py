@@ -87,6 +87,7 @@ def shrink(cfg, data, predictions):
     cfg.train_cfg.max_epochs = 2
     ema = next(hook for hook in cfg.custom_hooks if hook.type == 'EMAHook')
     ema.gamma = 3
+    cfg.custom_hooks.append(dict(type='ReparameterizeHook', at_test=False))
     cfg.default_hooks.logger.interval = 1
     return cfg
 
@@ -174,7 +175,16 @@ def test_resume_goes_on_with_both(work_dir, config, tmp_path):
 def test_reparameterized_file_is_the_average(work_dir, config, tmp_path):
     deploy = tmp_path / 'deploy.pth'
     assert run_tool('reparameterize.py', config, work_dir / 'epoch_2.pth', deploy) is None
-    assert set(torch.load(deploy)) == {'meta', 'state_dict'}
+    written = torch.load(deploy)
+    assert set(written) == {'meta', 'state_dict'}
+    assert written['meta']['mmunireplknet']['images'] == '1 image of the test data, 64x96'
+    # The hook has written the same at the end of the training, and of the best checkpoint.
+    (best,) = work_dir.glob('best_coco_bbox_mAP_epoch_?_deploy.pth')
+    assert best.with_name(best.name.replace('_deploy', '')).exists()
+    by_hook = torch.load(work_dir / 'epoch_2_deploy.pth')
+    assert 'of the validation data, 64x96' in by_hook['meta']['mmunireplknet']['images']
+    assert by_hook['state_dict'].keys() == written['state_dict'].keys()
+    assert [k for k, v in written['state_dict'].items() if not torch.equal(v, by_hook['state_dict'][k])] == []
     args = [config, deploy, '--work-dir', tmp_path, '--out', tmp_path / 'out.pkl']
     assert run_tool('test.py', *args, *names('model.backbone.deploy=True')) is None
     validated = instances(config.parent / 'validation.pkl')

@@ -1,0 +1,1 @@
+"""From a trained model to one that runs elsewhere. Importing this imports no exporter and no runtime."""

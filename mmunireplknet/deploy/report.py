@@ -1,0 +1,193 @@
+"""The parity report of an export: differences and latencies, as JSON and as a table."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import date
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..analysis.timing import interleave, thread_count
+from .exportable import Exportable
+from .formats import Run
+from .parity import Difference, compare
+
+__all__ = ['make_report', 'parity_shapes', 'to_markdown', 'worst']
+
+LARGEST = 640  # pixels of a side: larger maps show nothing new
+WITHOUT_TRAINING = 'The checkpoint is in deploy form, so there is no training form to compare with.'
+PACKAGES = ('torch', 'onnx', 'onnxruntime', 'openvino')
+
+
+def parity_shapes(meta: Mapping[str, Any], image: np.ndarray, batches: bool) -> list[tuple[int, int, int]]:
+    """Batch, height and width to compare at: one size for a model of fixed size, else three.
+
+    These are about the size that the config tests at, a smaller one with two images, and one that is no multiple of 32.
+
+    Args:
+        meta: What is in meta.json.
+        image: A test image (H, W, 3).
+        batches: Whether the model takes more than one image.
+    """
+    n, _, height, width = meta['input']['shape']
+    if height is not None:
+        return [(n or 1, height, width)]
+    height, width = _tested_size(meta['preprocess'], *image.shape[:2])
+    half = (_multiple(height * 3 // 4), _multiple(width // 2))
+    return [(1, height, width), (2 if batches else 1, *half), (1, height * 5 // 8 + 3, width * 7 // 8 - 5)]
+
+
+def _tested_size(rules: Mapping[str, Any], height: int, width: int) -> tuple[int, int]:
+    resize = rules['resize']
+    if rules['center_crop']:
+        height, width = rules['center_crop']
+    elif resize['mode'] == 'exact' and 'scale' in resize:
+        width, height = resize['scale']
+    elif resize['mode'] == 'keep_ratio':
+        long, short = max(resize['scale']), min(resize['scale'])
+        factor = min(long / max(height, width), short / min(height, width))
+        height, width = int(height * factor), int(width * factor)
+    factor = min(1.0, LARGEST / max(height, width))
+    return _multiple(int(height * factor)), _multiple(int(width * factor))
+
+
+def _multiple(size: int) -> int:
+    return max(64, 32 * math.ceil(size / 32))
+
+
+def make_report(
+    models: Mapping[str, Exportable],
+    run: Run,
+    inputs: Sequence[Tensor],
+    tolerance: float,
+    threads: int,
+    facts: Mapping[str, Any],
+    seconds: float = 2.0,
+) -> dict[str, Any]:
+    """Compare and time the forms of a model on every input.
+
+    Args:
+        models: 'deploy form' and, if there is one, 'training form'.
+        run: The exported model.
+        inputs: Each (N, 3, H, W).
+        tolerance: Largest relative difference that passes.
+        threads: Threads to compute with.
+        facts: Entries to put before the others.
+        seconds: About how long to time each input; 0 leaves it out.
+    """
+    with thread_count(threads), torch.no_grad():
+        cases = [_case(models, run, image, seconds) for image in inputs]
+    report = dict(
+        **facts,
+        tolerance=tolerance,
+        passed=False,
+        threads=threads,
+        machine=_machine(),
+        date=date.today().isoformat(),
+        versions={name: found for name in PACKAGES if (found := _version(name))},
+        cases=cases,
+    )
+    report['passed'] = worst(report) <= tolerance
+    return report
+
+
+def _case(models: Mapping[str, Exportable], run: Run, image: Tensor, seconds: float) -> dict[str, Any]:
+    outputs: dict[str, Sequence[Tensor | np.ndarray]] = {name: model(image) for name, model in models.items()}
+    outputs['exported'] = run(image.numpy())
+    names = list(outputs)
+    differences = {
+        f'{b} - {a}': compare(models['deploy form'], outputs[a], outputs[b])
+        for i, a in enumerate(names)
+        for b in names[i + 1 :]
+    }
+    case: dict[str, Any] = dict(shape=list(image.shape), differences=_plain(differences))
+    if seconds:
+        functions: dict[str, Callable[[], object]] = {name: partial(model, image) for name, model in models.items()}
+        functions['exported'] = partial(run, image.numpy())
+        case['latency_ms'] = {name: asdict(timing) for name, timing in interleave(functions, seconds).items()}
+    return case
+
+
+def _plain(differences: Mapping[str, Mapping[str, Difference]]) -> dict[str, Any]:
+    """For JSON, which knows no infinity."""
+    return {
+        pair: {
+            output: {k: v if math.isfinite(v) else str(v) for k, v in asdict(difference).items()}
+            for output, difference in outputs.items()
+        }
+        for pair, outputs in differences.items()
+    }
+
+
+def worst(report: Mapping[str, Any]) -> float:
+    """Largest relative difference in a report."""
+    return max(
+        float(difference['relative'])
+        for case in report['cases']
+        for outputs in case['differences'].values()
+        for difference in outputs.values()
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _machine() -> str:
+    model = platform.processor() or platform.machine()
+    if os.path.exists('/proc/cpuinfo'):
+        with open('/proc/cpuinfo') as file:
+            model = next((line.partition(':')[2].strip() for line in file if line.startswith('model name')), model)
+    return f'{model}, {os.cpu_count()} logical cores'
+
+
+def to_markdown(report: Mapping[str, Any]) -> str:
+    """A report as tables."""
+    verdict = 'passed' if report['passed'] else 'FAILED'
+    lines = [
+        f'# Parity of {report["file"]}: {verdict}',
+        '',
+        f'Config {report["config"]}, format {report["format"]}; images: {report["images"]}. '
+        f'Tolerance {report["tolerance"]:g} of the relative difference, which is L2 norm of the difference over that '
+        'of the reference (of integers the share of entries that differ); max and mean are those of the absolute '
+        'difference over those of the absolute value of the reference.',
+        '',
+        *([] if any('training' in pair for pair in report['cases'][0]['differences']) else [WITHOUT_TRAINING, '']),
+        '| input | what - of what | output | relative | max | mean |',
+        '|---|---|---|---|---|---|',
+    ]
+    for case in report['cases']:
+        for pair, outputs in case['differences'].items():
+            for name, d in outputs.items():
+                values = ' | '.join(f'{float(d[key]):.1e}' for key in ('relative', 'maximum', 'mean'))
+                lines.append(f'| {_size(case)} | {pair} | {name} | {values} |')
+    if any('latency_ms' in case for case in report['cases']):
+        versions = ', '.join(f'{name} {value}' for name, value in report['versions'].items())
+        lines += [
+            '',
+            f'Latency in ms, median (quartiles), {report["threads"]} thread(s), measured {report["date"]} on '
+            f'{report["machine"]}; {versions}. Both forms are PyTorch without compilation.',
+            '',
+            f'| input | {" | ".join(report["cases"][0]["latency_ms"])} |',
+            f'|---|{"---|" * len(report["cases"][0]["latency_ms"])}',
+        ]
+        for case in report['cases']:
+            cells = (f'{t["median"]:.1f} ({t["low"]:.1f} to {t["high"]:.1f})' for t in case['latency_ms'].values())
+            lines.append(f'| {_size(case)} | {" | ".join(cells)} |')
+    return '\n'.join(lines) + '\n'
+
+
+def _size(case: Mapping[str, Any]) -> str:
+    return ' x '.join(map(str, case['shape']))
