@@ -231,7 +231,14 @@ def let_fsdp_resume() -> None:
     from mmengine._strategy import FSDPStrategy
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
+    from .models.checkpoint_file import CheckpointError
+
     def load_optim_state_dict(self: Any, state_dict: dict) -> None:
+        if any(isinstance(key, int) for key in state_dict['state']):  # else torch asks the number for its names
+            raise CheckpointError(
+                'the checkpoint is of a run without FSDP, whose optimizer cannot be divided: resume it without FSDP, '
+                'or start from its weights by --cfg-options load_from=FILE.'
+            )
         wrapper = self.optim_wrapper
         wrapper.load_state_dict(FSDP.optim_state_dict_to_load(self.model, wrapper.optimizer, state_dict))
 

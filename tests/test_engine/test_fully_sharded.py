@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from mmengine._strategy import FSDPStrategy
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from mmunireplknet import CheckpointError, UniRepLKNet
@@ -25,7 +26,8 @@ def run(rank, runs):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1')
     for port, *args in runs:
         os.environ['MASTER_PORT'] = str(port)
-        stopped = run_tool('train.py', *args, '--launcher', 'pytorch', '--seed', 0, '--deterministic')
+        flags = ['--launcher', 'pytorch', '--seed', 0, '--deterministic', '--auto-scale-lr']
+        stopped = run_tool('train.py', *args, *flags)
         assert stopped is None, stopped
 
 
@@ -45,6 +47,7 @@ def configs(tmp_path_factory):
         model=dict(backbone=dict(with_cp=True), head=dict(num_classes=3)),
         optim_wrapper=dict(accumulative_counts=1), param_scheduler=[], train_cfg=dict(max_epochs=2, val_interval=2),
         default_hooks=dict(logger=dict(interval=1), checkpoint=dict(save_best=None)),
+        auto_scale_lr=dict(base_batch_size=8),
     )  # fmt: skip
     sharded = folder / 'sharded.py'
     sharded.write_text(f'_base_ = [{str(plain)!r}, {str(CONFIGS / "_base_/fsdp.py")!r}]')
@@ -88,6 +91,7 @@ def test_resuming_is_exact(work_dirs):
     plain = torch.load(work_dirs['plain'] / 'epoch_2.pth', weights_only=False)
     assert {k: v.shape for k, v in one['state_dict'].items()} == {k: v.shape for k, v in plain['state_dict'].items()}
     assert all(torch.equal(value, other['state_dict'][name]) for name, value in one['state_dict'].items())
+    assert {group['lr'] for group in one['optimizer']['param_groups']} == {4e-3 * 4 / 8}
     states = one['optimizer']['state']
     assert len(states) == len(plain['optimizer']['state'])
     for name, state in states.items():
@@ -104,6 +108,11 @@ def test_the_checkpoint_is_tested_in_one_piece(work_dirs, configs, tmp_path):
         args = [config, work_dirs['sharded'] / 'epoch_2.pth', '--work-dir', tmp_path, '--deploy', '--metrics', metrics]
         assert run_tool('test.py', *args, '--cfg-options', f'visualizer.name=fsdp{config.stem}') is None
         assert 0 <= json.loads(metrics.read_text())['accuracy/top1'] <= 100
+
+
+def test_a_run_without_sharding_is_not_resumed_with_it():
+    with pytest.raises(CheckpointError, match=r'is of a run without FSDP.*load_from=FILE\.$'):
+        FSDPStrategy.load_optim_state_dict(None, dict(state={0: dict(step=1)}, param_groups=[]))
 
 
 def test_every_block_is_a_unit():
