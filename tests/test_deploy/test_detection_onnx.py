@@ -54,11 +54,10 @@ def test_it_finds_what_mmdet_finds(exported, runtime):
         check_equal(run(normalized(photo)), found_by_mmdet(model, photo), photo)
 
 
+@pytest.mark.parametrize('exported', [name for name in DETECTORS if 'mask' in name], indirect=True)
 def test_masks_are_those_of_torch(exported):
     """Every probability, not only on which side of the threshold it is."""
     traceable, _, file = exported
-    if 'masks' not in traceable.output_names:
-        pytest.skip('it has no masks')
     for runtime in RUNTIMES:
         image = normalized(photograph(SIZES[2]))
         expected = traceable(image)[2]
