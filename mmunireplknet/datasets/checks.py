@@ -204,4 +204,4 @@ def _remedy(root: str, kind: str, dataset: Mapping[str, Any]) -> str:
             f'{data.name} must lie in {root or data.root}, from {imagenet.PAGE}, which takes an account, and '
             f'python tools/dataset_preparation/imagenet.py{options} says whether it is whole'
         )
-    return f'put it there, or name its place with --cfg-options (data_root, now {root or "not set"!r})'
+    return f'put it there, or name its place: --cfg-options data_root=PLACE (now {root or "not set"!r})'

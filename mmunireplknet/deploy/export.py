@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..engine.inference import dataset_meta
+from ..engine.reparameterize import MARK
 from ..models.checkpoint import all_tensors, identify, load_checkpoint, read_checkpoint
 from ..models.layouts import STEM, from_published
 from . import folder as folders
@@ -159,7 +160,8 @@ def build_model(cfg: Config, checkpoint: str | Path) -> tuple[nn.Module, str]:
 
 
 def _save_weights(model: nn.Module, checkpoint: str | Path, file: Path) -> None:
-    meta = read_checkpoint(checkpoint).get('meta') or {}
+    mark = dict(form='deploy', source=Path(checkpoint).name, writer='export', version=__version__)
+    meta = {**(read_checkpoint(checkpoint).get('meta') or {}), MARK: mark}
     save_checkpoint(dict(meta=meta, state_dict=model.state_dict()), str(file))
 
 

@@ -52,6 +52,9 @@ def _tested_size(rules: Mapping[str, Any], height: int, width: int) -> tuple[int
         height, width = rules['center_crop']
     elif resize['mode'] == 'exact' and 'scale' in resize:
         width, height = resize['scale']
+    elif 'factor' in resize or resize['mode'] == 'short_edge':
+        factor = resize.get('factor') or resize['scale'] / min(height, width)
+        height, width = int(height * factor), int(width * factor)
     elif resize['mode'] == 'keep_ratio':
         long, short = max(resize['scale']), min(resize['scale'])
         factor = min(long / max(height, width), short / min(height, width))

@@ -87,7 +87,7 @@ def test_missing_digit_scenes(tmp_path, monkeypatch):
         ({'type': 'CocoDataset', 'data_root': 'data/coco/', 'ann_file': 'a.json'}, 'https://cocodataset.org'),
         ({'type': 'ImageNet', 'data_root': 'data/imagenet', 'split': 'val'}, 'data/imagenet/val does not exist'),
         ({'type': 'ImageNet', 'data_root': 'data/imagenet', 'data_prefix': 'train'}, 'https://image-net.org'),
-        ({'type': 'Mine', 'data_root': 'data/mine'}, "--cfg-options (data_root, now 'data/mine')"),
+        ({'type': 'Mine', 'data_root': 'data/mine'}, "--cfg-options data_root=PLACE (now 'data/mine')"),
         ({'type': 'Mine', 'ann_file': 'list.txt'}, 'list.txt does not exist'),
         ('data/mine', 'data/mine does not exist'),
     ],

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +10,7 @@ pytest.importorskip('mmdet.models')
 pytest.importorskip('torchvision')
 
 from mmunireplknet.deploy.exportable import ExportError
-from mmunireplknet.deploy.masks import paste
+from mmunireplknet.deploy.run import postprocess
 
 from .detectors import DETECTORS, EXTRACTOR, MASK, SIZES, build, exportable, found_by_mmdet, normalized, photograph
 
@@ -35,7 +36,9 @@ def check_equal(outs, expected, photo):
     torch.testing.assert_close(dets[0, :, :4], expected[0][:, :4], atol=1e-3, rtol=0)
     torch.testing.assert_close(dets[0, :, 4], expected[0][:, 4], atol=1e-4, rtol=0)
     if masks:
-        pasted = torch.from_numpy(paste(masks[0][0].numpy(), dets[0].numpy(), *photo.shape[1:]))
+        outputs = dict(dets=dets.numpy(), labels=labels.numpy(), masks=masks[0].numpy())
+        meta, size = dict(task='instance-segmentation', thresholds=dict(mask=0.5)), tuple(photo.shape[1:])
+        pasted = torch.from_numpy(np.stack(postprocess(outputs, meta, size, size)['masks']))
         pixels = expected[2].sum()
         assert pixels > 500
         assert (pasted != expected[2]).sum() < 1e-3 * pixels

@@ -13,7 +13,7 @@ from mmunireplknet.deploy import formats
 from mmunireplknet.deploy.export import ParityError, build_model, export
 from mmunireplknet.deploy.exportable import ExportError, make_exportable
 from mmunireplknet.engine.launch import load_config
-from mmunireplknet.engine.reparameterize import reparameterize_checkpoint
+from mmunireplknet.engine.reparameterize import deploy_mark, reparameterize_checkpoint
 from mmunireplknet.models.checkpoint import load_checkpoint
 
 from ..procedural import image
@@ -71,6 +71,7 @@ def test_weights_without_code(weights, out):
             expected = build_model(segmentor_config(), weights)[0].predict(x)[0].seg_logits.data
             assert torch.allclose(model.predict(x)[0].seg_logits.data, expected, atol=1e-4)
     assert torch.load(out / 'deploy.pth')['meta']['iter'] == 7
+    assert deploy_mark(out / 'deploy.pth')['source'] == weights.name
 
 
 def test_deploy_form_and_half_checkpoints(weights, out, tmp_path):

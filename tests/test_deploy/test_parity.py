@@ -98,6 +98,8 @@ def test_the_block_that_is_merged_wrongly_is_named(forms):
         (dict(resize=dict(mode='short_edge', scale=256), center_crop=[224, 224]), (224, 224)),
         (dict(resize=dict(mode='keep_ratio', scale=[2048, 512]), center_crop=None), (448, 640)),
         (dict(resize=dict(mode='exact', scale=[96, 64]), center_crop=None), (64, 96)),
+        (dict(resize=dict(mode='exact', factor=0.5), center_crop=None), (160, 256)),
+        (dict(resize=dict(mode='short_edge', scale=160), center_crop=None), (160, 256)),
     ],
     ids=str,
 )
