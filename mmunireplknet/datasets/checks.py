@@ -9,6 +9,7 @@ from typing import Any
 
 from . import ade20k, coco, imagenet
 from .annotations import Findings, check_annotations
+from .digit_painting import DIFFICULTIES
 
 # Data sets of mmpretrain that fetch themselves.
 _SELF_FETCHING = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
@@ -181,7 +182,9 @@ def _remedy(root: str, kind: str, dataset: Mapping[str, Any]) -> str:
     if 'digit_scenes' in name:
         classes = (dataset.get('metainfo') or {}).get('classes') or ()
         digits = len([label for label in classes if label != 'background'])
-        option = {0: '', 5: '', 10: ' --difficulty hard'}.get(digits, f' --num-classes {digits}')
+        difficulty = next((name for name in DIFFICULTIES if root.rstrip('/').endswith(f'_{name}')), '')
+        option = f' --difficulty {difficulty}' if difficulty else ''
+        option += '' if digits in (0, 10) else f' --num-classes {digits}'
         return f'python tools/dataset_preparation/digit_scenes.py --out {root.rstrip("/")}{option} makes it'
     if 'adechallengedata2016' in name or kind == 'ADE20KDataset':
         place = root.rstrip('/')
