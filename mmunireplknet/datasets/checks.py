@@ -82,19 +82,41 @@ def wrong_test_message(
     Returns:
         One sentence, or None.
     """
-    metrics = [evaluator] if isinstance(evaluator, Mapping) else list(evaluator or [])
+    metrics = _metrics(evaluator)
     unlabelled = bool(metrics) and all(metric.get('format_only') for metric in metrics)
     if message := wrong_data_message(dataset, unlabelled=unlabelled):
         return message
-    for metric in metrics:
+    return missing_truth_message(dataset, evaluator, 'test_evaluator')
+
+
+def missing_truth_message(
+    dataset: Mapping[str, Any] | None,
+    evaluator: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
+    name: str,
+) -> str | None:
+    """Which annotation file that a metric compares with is not there; None if all are.
+
+    Args:
+        dataset: as for ``missing_data_message``; its own file is proposed instead.
+        evaluator: one metric or several, of a config.
+        name: what it is called there.
+
+    Returns:
+        One sentence, or None.
+    """
+    for metric in _metrics(evaluator):
         file = _annotation_file(metric)
         if file is not None and not os.path.exists(file):
             own = next(filter(None, map(_annotation_file, _innermost(dataset or {}))), 'FILE')
             return (
-                f'The data is not there: {file}, which {_kind(metric)} of test_evaluator compares with, does not '
-                f'exist; put it there, or name another with --cfg-options test_evaluator.ann_file={own}.'
+                f'The data is not there: {file}, which {_kind(metric)} of {name} compares with, does not '
+                f'exist; put it there, or name another with --cfg-options {name}.ann_file={own}.'
             )
     return None
+
+
+def _metrics(evaluator: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> list[Mapping[str, Any]]:
+    return [evaluator] if isinstance(evaluator, Mapping) else list(evaluator or [])
 
 
 def _innermost(dataset: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
