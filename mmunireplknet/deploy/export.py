@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from .onnx_file import OPSET
 from .parity import TOLERANCES, first_difference, first_difference_of_forms
 from .preprocessing import read_preprocessing, real_images, to_input
 from .report import make_report, parity_shapes, to_markdown, worst
+from .tensorrt_engine import profile_of, trtexec
 
 __all__ = ['ParityError', 'build_model', 'export']
 
@@ -95,7 +97,8 @@ def export(
         _save_weights(model, checkpoint, new / 'deploy.pth')
         if half:
             model.half()
-        example = inputs[0] if shape else to_input(images, (2 if batches else 1, *inputs[0].shape[2:]), meta)
+        height, width = (32 * math.ceil(side / 32) for side in inputs[0].shape[2:])  # no stage's map is cut off
+        example = inputs[0] if shape else to_input(images, (2 if batches else 1, height, width), meta)
         facts = dict(dataset_meta=dict(classes=meta['classes'], palette=meta['palette']))
         options = Options(shape is None, half, opset, exporter, facts)
         file = write(format, deploy, example, new, options)
@@ -114,8 +117,9 @@ def export(
         )
         if not report['passed']:
             raise ParityError(_blame(report, file, deploy, training, inputs))
-        if format == 'openvino':
-            (new / FORMATS['onnx'].file).unlink()  # what it was converted from
+        if format == 'openvino':  # what it was converted from
+            for path in new.glob(f'{FORMATS["onnx"].file}*'):
+                path.unlink()
         _add_papers(new, meta, report)
     print_log(f'{out_dir}: {file.name}, largest relative difference {worst(report):.1e}', logger='current')
     return report
@@ -240,10 +244,13 @@ def _blame(
 
 
 def _add_papers(folder: Path, meta: dict[str, Any], report: dict[str, Any]) -> None:
+    if (folder / f'{meta["file"]}.data').is_file():
+        meta['data'] = f'{meta["file"]}.data'
     folders.write_json(meta, folder / 'meta.json')
     folders.write_json(report, folder / 'report.json')
     (folder / 'report.md').write_text(to_markdown(report))
-    (folder / 'README.md').write_text(folders.readme(meta, worst(report)))
+    command = trtexec(meta, profile_of(meta, report)) if meta['file'] == FORMATS['onnx'].file else ''
+    (folder / 'README.md').write_text(folders.readme(meta, worst(report), command))
     program = Path(__file__).with_name('run.py')
     if program.is_file() and meta['file'] == FORMATS['onnx'].file and meta['task'] != 'features':
         shutil.copy(program, folder)
