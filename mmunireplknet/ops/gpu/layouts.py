@@ -1,0 +1,69 @@
+"""From channels_last to planes and back: the kernels for convolutions work on planes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ['like', 'to_planes']
+
+_BLOCK = 64
+
+
+@triton.jit(do_not_specialize=['rows_units', 'columns_units'])
+def _transpose(
+    source: Any,
+    target: Any,
+    rows_units: Any,
+    columns_units: Any,
+    ROWS_ALIGN: tl.constexpr,
+    COLUMNS_ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    rows, columns = rows_units * ROWS_ALIGN, columns_units * COLUMNS_ALIGN
+    across = tl.cdiv(columns, BLOCK)
+    blocks = across * tl.cdiv(rows, BLOCK)
+    block = tl.program_id(0) % blocks
+    matrix = (tl.program_id(0) // blocks).to(tl.int64) * rows * columns
+    row = block // across * BLOCK + tl.arange(0, BLOCK)
+    column = block % across * BLOCK + tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    value = tl.load(source + matrix + (row[:, None].to(tl.int64) * columns + column[None, :]), mask=inside)
+    inside = (column < columns)[:, None] & (row < rows)[None, :]
+    tl.store(target + matrix + (column[:, None].to(tl.int64) * rows + row[None, :]), tl.trans(value), mask=inside)
+
+
+def transpose(source: Tensor, target: Tensor) -> None:
+    """Write every matrix of ``source`` (N, A, B), turned, to ``target`` (N, B, A); both are contiguous."""
+    n, rows, columns = source.shape
+    aligned = [8 if size % 8 == 0 else 1 for size in (rows, columns)]
+    programs = n * triton.cdiv(rows, _BLOCK) * triton.cdiv(columns, _BLOCK)
+    with torch.cuda.device_of(source):
+        _transpose[(programs,)](source, target, rows // aligned[0], columns // aligned[1], *aligned, _BLOCK)
+
+
+def to_planes(x: Tensor) -> Tensor:
+    """``x`` (N, C, H, W) in the layout NCHW."""
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return x.contiguous()
+    n, c, h, w = x.shape
+    out = torch.empty((n, c, h, w), dtype=x.dtype, device=x.device)
+    transpose(x.permute(0, 2, 3, 1).view(n, h * w, c), out.view(n, c, h * w))
+    return out
+
+
+def like(planes: Tensor, x: Tensor, layout: torch.memory_format | None = None) -> Tensor:
+    """NCHW ``planes`` in ``layout``, or in that of ``x`` where it is None."""
+    if layout is None:
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        layout = torch.channels_last if last else torch.contiguous_format
+    if planes.is_contiguous(memory_format=layout):
+        return planes
+    n, c, h, w = planes.shape
+    out = torch.empty_like(planes, memory_format=layout)
+    transpose(planes.view(n, c, h * w), out.permute(0, 2, 3, 1).view(n, h * w, c))
+    return out
