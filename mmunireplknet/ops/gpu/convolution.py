@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import compat
 from . import layouts, toeplitz, tuning
 from .tuning import Config
 
@@ -29,7 +30,7 @@ _SIZES = ['batch', 'channels', 'height', 'width_units', 'groups', 'tiles', 'bloc
 
 
 @triton.jit
-def _corner(patch, groups, tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DILATION: tl.constexpr):  # type: ignore[no-untyped-def]
+def corner_of(patch, groups, tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DILATION: tl.constexpr):  # type: ignore[no-untyped-def]
     """Image, and first row and column, of patches. The rows of a patch are DILATION apart, like those of the kernel."""
     row_of_tiles = patch // tiles
     image = row_of_tiles // groups
@@ -39,19 +40,19 @@ def _corner(patch, groups, tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIL
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _convolve(
-    x: Any,
-    table: Any,
-    bias: Any,
-    out: Any,
-    sums: Any,
-    batch: Any,
-    channels: Any,
-    height: Any,
-    width_units: Any,
-    groups: Any,
-    tiles: Any,
-    blocks: Any,
+def _convolve(  # type: ignore[no-untyped-def]
+    x,
+    table,
+    bias,
+    out,
+    sums,
+    batch,
+    channels,
+    height,
+    width_units,
+    groups,
+    tiles,
+    blocks,
     KERNEL: tl.constexpr,
     DILATION: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -64,7 +65,7 @@ def _convolve(
     STEP_Y: tl.constexpr,
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
-) -> None:
+):
     PIXELS: tl.constexpr = ROWS * COLUMNS
     REACH: tl.constexpr = KERNEL // 2 * DILATION
     ACROSS: tl.constexpr = DEPTH // STEP_X
@@ -73,7 +74,7 @@ def _convolve(
     width = width_units * ALIGN  # which tells the compiler what divides it
     channel = tl.program_id(0) // blocks
     patch = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    image, y, x0 = _corner(patch, groups, tiles, ROWS, COLUMNS, DILATION)
+    image, y, x0 = corner_of(patch, groups, tiles, ROWS, COLUMNS, DILATION)
     corner = (image.to(tl.int64) * channels + channel) * (height * width) + y * width + x0
 
     k = tl.arange(0, STEP_X * STEP_Y)
@@ -113,12 +114,14 @@ def supports(x: Tensor, kernel: int, dilation: int) -> str:
     if x.dtype not in DTYPES:
         return f'the dtype is {x.dtype}: the Triton kernels are for float32, bfloat16 and float16.'
     if kernel < 3 or kernel % 2 == 0 or extent > LARGEST_EXTENT:
-        return f'kernel {kernel} with dilation {dilation} spans {extent} pixels: the Triton kernels take odd ones up to 31.'
+        return f'kernel {kernel} with dilation {dilation} spans {extent} pixels; the Triton kernels span 3 to 31, odd.'
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
         return 'the GPU is older than compute capability 8.0, which the Triton kernels need.'
     n, c, h, w = x.shape
-    # Whole planes are addressed with 64 bits; pixels of a plane, patches and programs are counted with 32.
-    if (h + 128) * (w + 128) >= 2**31 or n * (h + 128) * (w + 128) // 16 >= 2**31 or c * (n * h * w // 256 + 1) >= 2**31:
+    # Planes are addressed with 64 bits; the pixels of one, patches and programs are counted with 32.
+    pixels = (h + 128) * (w + 128)
+    patches = n * pixels // 16
+    if max(pixels, patches, c * (patches // 16 + 1)) >= 2**31:
         return f'a map of {tuple(x.shape)} is too large: its planes must have less than 2**31 pixels.'
     return ''
 
@@ -167,7 +170,7 @@ def convolve(
     """``forward`` with a given division of the work."""
     n, c, h, w = x.shape
     kernel = weight.shape[-1]
-    shift = -(kernel // 2) * dilation % _VECTOR
+    shift = shift_of(kernel, dilation)
     depth = toeplitz.depth_of(kernel, dilation, config.columns, shift)
     step_x = 32 if depth % 32 == 0 else 16
     step_y = config.step // step_x
@@ -176,7 +179,7 @@ def convolve(
     groups = dilation * -(-h // (config.rows * dilation))
     tiles = -(-w // config.columns)
     blocks = triton.cdiv(n * groups * tiles, config.block)
-    align = next(a for a in (_VECTOR, 4, 2, 1) if w % a == 0)
+    align = vector_of(w)
 
     table = toeplitz.expand(weight, dilation, flipped, x.dtype, config.columns, shift, pad)
     planes = layouts.to_planes(x)
@@ -194,7 +197,16 @@ def convolve(
     return out if sums is None else (out, sums.sum(-1))
 
 
+def shift_of(kernel: int, dilation: int) -> int:
+    """Columns by which windows start early, so that they start at multiples of the widest read."""
+    return -(kernel // 2) * dilation % _VECTOR
+
+
+def vector_of(width: int) -> int:
+    """The widest read that maps of this width allow at the start of each of their rows, in pixels."""
+    return next(pixels for pixels in (_VECTOR, 4, 2, 1) if width % pixels == 0)
+
+
 def precision(x: Tensor) -> str:
     """How factors in float32 are multiplied; those of 16 bits are exact in any case."""
-    allowed = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == 'tf32'
-    return 'tf32' if allowed else 'tf32x3'
+    return 'tf32' if x.dtype == torch.float32 and compat.convolutions_may_use_tf32() else 'tf32x3'

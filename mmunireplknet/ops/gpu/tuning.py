@@ -32,6 +32,8 @@ def candidates(operation: str, width: int, dtype: torch.dtype) -> list[Config]:
     """The divisions that are worth a try for maps of this width; there are no others."""
     rows, columns = (8, 8) if width <= 8 else (4, 16)
     step = 64 if dtype.itemsize == 2 else 32
+    if operation == 'weight_grad':
+        return [Config(rows, columns, block, 128, 4) for block in (16, 32)]
     return [Config(rows, columns, block, step, warps) for block, warps in ((16, 4), (64, 4), (128, 8))]
 
 
@@ -52,3 +54,8 @@ def _choose(operation: str, shape: tuple[int, ...], kernel: int, dilation: int, 
         return max(1.0, programs / 128) * (config.block + 24)
 
     return min(candidates(operation, w, dtype), key=cost)
+
+
+def splits(programs: int, steps: int) -> int:
+    """Into how many parts the sum over ``steps`` is divided: enough to fill a GPU, but of four steps at least."""
+    return max(1, min(-(-512 // programs), steps // 4))

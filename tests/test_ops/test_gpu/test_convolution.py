@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...procedural import relative_error
-from ..cases import LAYOUTS
 
 # Relative L2 error against float64: the interpreter multiplies float32 without TF32; float16 rounds the sum once.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4}
@@ -34,5 +33,6 @@ def test_is_the_convolution(
     x, weight, bias = maps(dtype, kernel)
     out = gpu.convolution.forward(x, weight, None if flipped else bias, dilation, flipped)
     expected = convolve(x, weight, None if flipped else bias, dilation, flipped)
-    assert out.dtype == dtype and out.is_contiguous()
+    assert out.dtype == dtype
+    assert out.is_contiguous()
     assert relative_error(out, expected) < TOLERANCE[dtype]
