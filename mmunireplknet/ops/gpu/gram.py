@@ -15,15 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import layouts, toeplitz, tuning
-from .convolution import corner_of, precision, shift_of, vector_of
+from .convolution import PLACES, corner_of, precision, reciprocal, shift_of, vector_of
 from .tuning import Config
 
 __all__ = ['weight_grad']
 
-_SIZES = ['batch', 'channels', 'height', 'width_units', 'groups', 'tiles', 'steps', 'splits']
+_SIZES = ['batch', 'channels', 'height', 'width_units', 'steps', 'splits']
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES + PLACES)
 def _gram(  # type: ignore[no-untyped-def]
     x,
     grad,
@@ -32,10 +32,14 @@ def _gram(  # type: ignore[no-untyped-def]
     channels,
     height,
     width_units,
-    groups,
-    tiles,
     steps,
     splits,
+    groups,
+    groups_factor,
+    groups_shift,
+    tiles,
+    tiles_factor,
+    tiles_shift,
     KERNEL: tl.constexpr,
     DILATION: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -55,6 +59,7 @@ def _gram(  # type: ignore[no-untyped-def]
     REACH: tl.constexpr = KERNEL // 2 * DILATION
     FAR: tl.constexpr = -(2**30)
     width = width_units * ALIGN
+    plane = height.to(tl.int64) * width
     chunk = tl.program_id(0) % CHUNKS
     channel = tl.program_id(0) // CHUNKS % channels
     split = tl.program_id(0) // CHUNKS // channels
@@ -66,8 +71,10 @@ def _gram(  # type: ignore[no-untyped-def]
     total = tl.full((PIXELS, WINDOW_X * WINDOW_Y), 0.0, tl.float32)
     for step in tl.range(split, steps, splits, num_stages=1):
         patch = step * BLOCK + tl.arange(0, BLOCK)
-        image, y, x0 = corner_of(patch, groups, tiles, ROWS, COLUMNS, DILATION)
-        corner = (image.to(tl.int64) * channels + channel) * (height * width) + y * width + x0
+        image, y, x0 = corner_of(
+            patch, groups, groups_factor, groups_shift, tiles, tiles_factor, tiles_shift, ROWS, COLUMNS, DILATION
+        )
+        corner = image * (channels * plane) + channel * plane + (y * width + x0)
         y = tl.where(image < batch, y, FAR)
         row, column = y[:, None] + (py * DILATION)[None, :], x0[:, None] + px[None, :]
         inside = tl.where(column < width, row, FAR).to(tl.uint32) < height.to(tl.uint32)
@@ -80,13 +87,12 @@ def _gram(  # type: ignore[no-untyped-def]
         left = tl.load(x + window, mask=inside, other=0.0)
         total = tl.dot(tl.trans(right), left, total, input_precision=PRECISION)
 
-    # The tap (ky, kx) of pixel (py, px) stands at (ky + py, kx * DILATION + px + SHIFT) of its window.
+    # The tap (ky, kx) of pixel (py, px) stands at (ky + py, kx * DILATION + px + SHIFT) of its window, or in no row.
     tap = tl.arange(0, TAPS_X * TAPS_Y)
     ky, kx = tap // TAPS_X - (ROWS - 1), tap % TAPS_X
-    at_y = ky[None, :] + py[:, None]
-    at_x = (kx * DILATION + SHIFT)[None, :] + px[:, None]
-    inside = (at_y >= 0) & (at_y < WINDOW_Y) & (kx < KERNEL)[None, :]
-    products = tl.gather(total, tl.where(inside, at_y * WINDOW_X + at_x, 0), 1)
+    at = tl.where(kx < KERNEL, ky * WINDOW_X + kx * DILATION + SHIFT, FAR)[None, :] + (py * WINDOW_X + px)[:, None]
+    inside = at.to(tl.uint32) < WINDOW_X * WINDOW_Y
+    products = tl.gather(total, at & (WINDOW_X * WINDOW_Y - 1), 1)
     sums = tl.sum(tl.where(inside, products, 0.0), axis=0)
     tl.store(parts + tl.program_id(0).to(tl.int64) * (TAPS_X * TAPS_Y) + tap, sums)
 
@@ -157,7 +163,7 @@ def multiply(x: Tensor, grad: Tensor, kernel: int, dilation: int, config: Config
     with torch.cuda.device_of(x):
         _gram[(splits * c * chunks,)](
             *(layouts.to_planes(x), layouts.to_planes(grad), parts),
-            *(n, c, h, w // align, groups, tiles, steps, splits),
+            *(n, c, h, w // align, steps, splits, groups, *reciprocal(groups), tiles, *reciprocal(tiles)),
             *(kernel, dilation, depth, shift, chunks, config.rows, config.columns, config.block),
             *(window_x, window_y, taps_x, taps_y, align, precision(x)),
             num_warps=config.warps,
