@@ -179,7 +179,7 @@ def forward(
     Returns:
         (N, C, H, W) in the dtype of ``x``; with ``pooled`` also (N, C) in float32, of the sums before rounding.
     """
-    config = tuning.choose('forward', x.shape, weight.shape[-1], dilation, x.dtype)
+    config = tuning.choose('forward', x, weight.shape[-1], dilation)
     return convolve(x, weight, bias, dilation, flipped, pooled, layout, config)
 
 

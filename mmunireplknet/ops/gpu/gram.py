@@ -139,7 +139,7 @@ def weight_grad(x: Tensor, grad: Tensor, kernel: int, dilation: int) -> Tensor:
     Returns:
         (C, 1, K, K) in float32.
     """
-    config = tuning.choose('weight_grad', x.shape, kernel, dilation, x.dtype)
+    config = tuning.choose('weight_grad', x, kernel, dilation)
     return multiply(x, grad.to(x.dtype), kernel, dilation, config)
 
 
