@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmunireplknet.ops.gpu import convolution, gram, tuning
+from mmunireplknet.ops.gpu import convolution, gram, layouts, tuning
 
 from .machine_code import TOOLS, Code, compile_forward, compile_weight_grad, compiling_for
 
@@ -40,7 +40,7 @@ def check(code: Code, products: str) -> None:
     assert code.spills == 0
     assert code.registers <= 232
     assert code.counts[products] > 0
-    assert not code.counts.keys() & {'CALL', 'ATOM', 'ATOMG', 'RED'}
+    assert not code.counts.keys() & {'ATOM', 'ATOMG', 'RED'}
 
 
 def products_of(capability: int, rows: int) -> str:
@@ -58,7 +58,7 @@ def test_forward_uses_the_tensor_cores(folder: Path) -> None:
 @pytest.mark.parametrize('capability', [80, 90, 120])
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 def test_every_division_of_the_forward(folder: Path, dtype: torch.dtype, capability: int) -> None:
-    for width in (32, 8) if capability == 90 else (32,):
+    for width in (32, 8) if (capability, dtype) == (90, torch.bfloat16) else (32,):
         for config in tuning.candidates('forward', width, dtype):
             code, per_pixel = compile_forward(capability, dtype, 13, config, width, folder)
             check(code, products_of(capability, config.block))
@@ -86,10 +86,12 @@ def test_other_kernels(folder: Path, kernel: int, capability: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('width', [28, 30, 33])
-def test_widths_without_wide_reads(folder: Path, width: int) -> None:
+@pytest.mark.parametrize(('width', 'most'), [(28, 46), (30, 49), (33, 77)])
+def test_widths_without_the_widest_reads(folder: Path, width: int, most: int) -> None:
     config = tuning.candidates('forward', 32, torch.bfloat16)[2]
-    check(compile_forward(90, torch.bfloat16, 13, config, width, folder)[0], 'HGMMA')
+    code, per_pixel = compile_forward(90, torch.bfloat16, 13, config, width, folder)
+    check(code, 'HGMMA')
+    assert per_pixel <= most
 
 
 def sizes(count: int) -> list[tuple[int, int]]:
@@ -105,9 +107,9 @@ def test_few_compilations_for_many_sizes() -> None:
             x = torch.empty(batch, 2, h, w, dtype=torch.bfloat16)
             convolution.forward(x, weight, None, 1)
             gram.weight_grad(x, x, 13, 1)
-            divisions.add((tuning.choose('forward', x, 13, 1), convolution.vector_of(w)))
+            divisions.add((tuning.choose('forward', x, 13, 1), layouts.vector_of(w)))
     names = [launch.name for launch in compiled]
     # One for each division of the work and each widest read (1, 2, 4 or 8 pixels).
     assert names.count('_convolve') == len(divisions) <= 16
-    assert names.count('_gram') <= 8
+    assert names.count('_gram') <= 4  # wide reads only
     assert names.count('_expand') == names.count('_collect') == 1
