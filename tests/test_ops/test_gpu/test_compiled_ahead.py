@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmunireplknet.ops.gpu import convolution, gram, layouts, tuning
+triton = pytest.importorskip('triton')
 
-from .machine_code import TOOLS, Code, compile_forward, compile_weight_grad, compiling_for
+from mmunireplknet.ops.gpu import convolution, gram, layouts, tuning  # noqa: E402
+
+from .machine_code import TOOLS, Code, compile_forward, compile_weight_grad, compiling_for  # noqa: E402
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Instructions of a thread per pixel, for K = 13, of the division for large maps; a tenth above those in docs.
@@ -26,8 +28,6 @@ MOST = {
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    import triton
-
     if not all(shutil.which(TOOLS / name) for name in ('cuobjdump', 'nvdisasm')):
         pytest.skip('this triton has no tools to read machine code')
     folder = tmp_path_factory.mktemp('compiled')
