@@ -5,7 +5,7 @@ import pytest
 
 
 @pytest.fixture(scope='session')
-def _interpreted() -> Iterator[SimpleNamespace]:
+def interpreted_modules() -> Iterator[SimpleNamespace]:
     pytest.importorskip('triton')
     from .interpreted import interpreted_package
 
@@ -14,9 +14,9 @@ def _interpreted() -> Iterator[SimpleNamespace]:
 
 
 @pytest.fixture
-def gpu(_interpreted: SimpleNamespace) -> Iterator[SimpleNamespace]:
+def gpu(interpreted_modules: SimpleNamespace) -> Iterator[SimpleNamespace]:
     """The modules of ``mmunireplknet.ops.gpu``, on a CPU."""
     from .interpreted import interpreting
 
     with interpreting():
-        yield _interpreted
+        yield interpreted_modules

@@ -174,7 +174,7 @@ def test_precision_obeys_torch(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyP
         assert gpu.convolution.precision(torch.empty(1)) == expected
 
 
-def test_interpreting_leaves_no_trace(_interpreted: SimpleNamespace) -> None:
+def test_interpreting_leaves_no_trace(interpreted_modules: SimpleNamespace) -> None:
     import triton.language as tl
 
     from .interpreted import interpreting
@@ -183,7 +183,7 @@ def test_interpreting_leaves_no_trace(_interpreted: SimpleNamespace) -> None:
     places = (tl, tl.core, tl.math, tl.standard, tl.tensor)
     before = [dict(vars(place)) for place in places]
     with interpreting():
-        _interpreted.convolution.forward(x, weight, None, 1, pooled=True)
+        interpreted_modules.convolution.forward(x, weight, None, 1, pooled=True)
         assert vars(tl)['sum'] is not before[0]['sum']
     for place, names in zip(places, before, strict=True):
         assert [name for name, value in names.items() if vars(place)[name] is not value] == []
