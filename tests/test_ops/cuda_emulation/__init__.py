@@ -45,7 +45,7 @@ class Emulation:
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
-        for name in ('forward', 'add_up'):
+        for name in ('forward', 'weight_grad', 'add_up'):
             getattr(self.library, name).restype = ctypes.c_char_p
 
     def _begin(self, *tensors: Tensor | None) -> list[ctypes.c_void_p]:
@@ -95,3 +95,20 @@ class Emulation:
         sums = torch.empty(x.shape[:2])
         self._sum(partial, sums, partial.shape[-1], 1)
         return out, sums
+
+    def weight_grad(self, x: Tensor, grad: Tensor, kernel: int, dilation: int, exact: bool = True) -> Tensor:
+        """(C, 1, K, K) in float32."""
+        shape = ctypes.byref(Shape(*x.shape, kernel, dilation))
+        self._begin()
+        parts = self.library.weight_grad_parts(TYPES[x.dtype], shape)
+        partial = torch.full((parts, x.shape[1], 1, kernel, kernel), torch.nan)
+        p = self._begin(x, grad, partial)
+        strides = [(ctypes.c_int64 * 4)(*t.stride()) for t in (x, grad)]
+        self._end(
+            self.library.weight_grad(
+                TYPES[x.dtype], p[0], strides[0], p[1], strides[1], p[2], shape, ctypes.c_bool(exact)
+            )
+        )
+        out = torch.empty(partial.shape[1:])
+        self._sum(partial, out, 1, out.numel())
+        return out

@@ -4,9 +4,7 @@
 #include "forward.cuh"
 #include "machine.h"
 #include "sums.cuh"
-#ifdef WITH_WEIGHT_GRAD
 #include "weight_grad.cuh"
-#endif
 
 using namespace mmuni;
 
@@ -38,6 +36,23 @@ const char* forward(int type, const void* x, const int64_t* x_stride, const void
   job.shape = *shape, job.flip = flip;
   if (type == FLOAT) return run_forward<float>(job, exact, nullptr);
   return type == FLOAT16 ? run_forward<Half>(job, false, nullptr) : run_forward<BFloat>(job, false, nullptr);
+}
+
+// The number of partial sums of each weight.
+int weight_grad_parts(int type, const Shape* shape) {
+  WeightGrad job = {};
+  job.shape = *shape;
+  plan(job, size_of(type), emulation::processors);
+  return job.parts;
+}
+
+const char* weight_grad(int type, const void* x, const int64_t* x_stride, const void* grad, const int64_t* grad_stride,
+                        float* partial, const Shape* shape, bool exact) {
+  WeightGrad job = {};
+  job.x = map_of(x, x_stride), job.grad = map_of(grad, grad_stride), job.partial = partial, job.shape = *shape;
+  plan(job, size_of(type), emulation::processors);
+  if (type == FLOAT) return run_weight_grad<float>(job, exact, nullptr);
+  return type == FLOAT16 ? run_weight_grad<Half>(job, false, nullptr) : run_weight_grad<BFloat>(job, false, nullptr);
 }
 
 const char* add_up(const Sums* job) { return run_sums(*job, nullptr); }

@@ -18,9 +18,6 @@ __device__ __forceinline__ float load_number(const void* from, int type, int64_t
 
 // How the weights lie in shared memory. Each row of the kernel is a row of entries; entry u is about tap u - 7 - shift,
 // which is k - n where k - n + 7 = u.
-template <int P>
-constexpr int MARGIN = margin_of(P);
-
 template <typename T>
 struct Entry {  // 16 bits: two neighbouring taps, as a fragment has them
   using type = uint32_t;

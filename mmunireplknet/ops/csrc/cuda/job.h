@@ -58,7 +58,7 @@ struct Forward {
 
 struct WeightGrad {
   Map x, grad;
-  float *partial, *out;  // (parts, C, K, K), (C, K, K)
+  float* partial;  // (parts, C, K, K)
   Shape shape;
   // The plan.
   Tile x_tile, grad_tile;
@@ -117,7 +117,7 @@ inline void plan_memory(Forward& job, int size) {
   job.shared = job.tiles + job.stages * job.group * job.tile.bytes();
 }
 
-// Fills in the plan for elements of `size` bytes.
+// Fills in the plan for elements of `size` bytes and a GPU of so many multiprocessors.
 inline void plan(Forward& job, int size, int processors) {
   const Shape& s = job.shape;
   const bool channels_last = job.x.pixel != 1 || job.out.pixel != 1;

@@ -6,6 +6,9 @@
 
 namespace mmuni {
 
+template <int P>
+constexpr int MARGIN = margin_of(P);
+
 struct Region {
   int n, c, channels, y, x;  // image, first channel and their number, upper left corner, which may lie outside
 };
