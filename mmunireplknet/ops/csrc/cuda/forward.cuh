@@ -204,7 +204,7 @@ __device__ __forceinline__ void store_pixels(const Forward& job, int n, int c0, 
 // A block has `group` channels, its weights once, and every splits-th tile of all images. Its warps have one channel
 // each, and share the subtiles.
 template <typename T, int P, int KERNEL, bool EXACT>
-__global__ void __launch_bounds__(256) forward_kernel(const Forward job) {
+__global__ void __launch_bounds__(256, 2) forward_kernel(const Forward job) {
   const Shape& s = job.shape;
   const int kernel = KERNEL ? KERNEL : s.kernel, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int c0 = static_cast<int>(blockIdx.x) / job.splits * job.group;
@@ -306,7 +306,7 @@ const char* start_forward(const Forward& job, Stream stream) {
   return launch(forward_kernel<T, P, KERNEL, EXACT>, job, blocks, job.warps * 32, job.shared, stream);
 }
 
-// With the fragments of 13x13, 7x7 and 3x3 kernels in registers. `exact` is about single precision alone.
+// With the fragments of 13x13 and 7x7 kernels in registers. `exact` is about single precision alone.
 template <typename T>
 const char* run_forward(Forward job, bool exact, Stream stream) {
   plan(job, sizeof(T), multiprocessors());
@@ -317,7 +317,6 @@ const char* run_forward(Forward job, bool exact, Stream stream) {
     switch (job.shape.kernel) {
       case 13: return start_forward<T, NARROW, 13, false>(job, stream);
       case 7: return start_forward<T, NARROW, 7, false>(job, stream);
-      case 3: return start_forward<T, NARROW, 3, false>(job, stream);
     }
   }
   return wide ? start_forward<T, WIDE, 0, false>(job, stream) : start_forward<T, NARROW, 0, false>(job, stream);
