@@ -119,8 +119,11 @@ def why_not(kind: str = 'cpu') -> str:
 
 
 def _why_no_cuda(version: str) -> str:
-    file = _torch_folder() / 'version.py'
-    found = re.search(r"^cuda\b[^=]*= *'(\d+)", file.read_text() if file.exists() else '', re.MULTILINE)
+    try:
+        said = (_torch_folder() / 'version.py').read_text()
+    except (OSError, RuntimeError) as error:
+        return str(error)
+    found = re.search(r"^cuda\b[^=]*= *'(\d+)", said, re.MULTILINE)
     if found is None:
         return f'torch {version} has no CUDA.'
     command = nvcc()

@@ -60,6 +60,7 @@ struct Product {
   float a[8], b[4];
 };
 void multiply_16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*read)(uint16_t));
+void multiply_8(float (&d)[4], const uint32_t (&a)[2], uint32_t b, float (*read)(uint16_t));
 void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
 const char* run(const std::function<void()>& thread, int64_t blocks, int threads, int shared);
@@ -139,11 +140,21 @@ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
     emulation::multiply_16(d, {a0, a1, a2, a3}, {b0, b1}, [](uint16_t bits) { return to_float(T{bits}); });
 }
 
+template <typename T>
+void multiply_half(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+  emulation::multiply_8(d, {a0, a1}, b0, [](uint16_t bits) { return to_float(T{bits}); });
+}
+
 float from_lane(float value, int distance);
 
 inline uint32_t round_tf32(float value) {
   const uint32_t bits = bits_of(value);
   return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & ~0x1fffu;
+}
+
+inline void split(float value, uint32_t& high, uint32_t& low) {
+  high = bits_of(value) & 0xffffe000u;
+  low = bits_of(value - float_of(high));
 }
 
 template <typename T>

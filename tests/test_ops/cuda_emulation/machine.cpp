@@ -310,6 +310,16 @@ void multiply_16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], 
       [](int group, int in_group, int i) { return std::pair(in_group * 2 + (i & 1) + (i < 2 ? 0 : 8), group); });
 }
 
+void multiply_8(float (&d)[4], const uint32_t (&a)[2], uint32_t b, float (*read)(uint16_t)) {
+  Product mine = {d, {}, {}};
+  for (int i = 0; i < 4; ++i) mine.a[i] = read(static_cast<uint16_t>(a[i / 2] >> i % 2 * 16));
+  for (int i = 0; i < 2; ++i) mine.b[i] = read(static_cast<uint16_t>(b >> i * 16));
+  multiply_fragments(
+      "mma.m16n8k8", mine, 8,
+      [](int group, int in_group, int i) { return std::pair(i < 2 ? group : group + 8, in_group * 2 + (i & 1)); },
+      [](int group, int in_group, int i) { return std::pair(in_group * 2 + i, group); });
+}
+
 void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   Product mine = {d, {}, {}};
   // The lower 13 bits of the operands are not seen.

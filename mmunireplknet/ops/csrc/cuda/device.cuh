@@ -122,6 +122,24 @@ __device__ __forceinline__ void multiply<float>(float (&d)[4], uint32_t a0, uint
 }
 #undef MMUNI_MMA
 
+// d += a b with a of 16x8, b of 8x8, in 16 bits.
+#define MMUNI_MMA(NAME)                                                                                            \
+  asm volatile("mma.sync.aligned." NAME " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"                      \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                    \
+               : "r"(a0), "r"(a1), "r"(b0))
+
+template <typename T>
+__device__ __forceinline__ void multiply_half(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0);
+template <>
+__device__ __forceinline__ void multiply_half<Half>(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+  MMUNI_MMA("m16n8k8.row.col.f32.f16.f16.f32");
+}
+template <>
+__device__ __forceinline__ void multiply_half<BFloat>(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+  MMUNI_MMA("m16n8k8.row.col.f32.bf16.bf16.f32");
+}
+#undef MMUNI_MMA
+
 __device__ __forceinline__ float from_lane(float value, int distance) {
   return __shfl_xor_sync(0xffffffffu, value, distance);
 }
@@ -133,6 +151,12 @@ __device__ __forceinline__ uint32_t round_tf32(float value) {
   uint32_t r;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(value));
   return r;
+}
+
+// As the sum of two TF32 numbers, the first of them cut off; tensor cores do not see the last bits of the second.
+__device__ __forceinline__ void split(float value, uint32_t& high, uint32_t& low) {
+  high = __float_as_uint(value) & 0xffffe000u;
+  low = __float_as_uint(value - __uint_as_float(high));
 }
 
 __device__ __forceinline__ uint32_t bits_of(float value) { return __float_as_uint(value); }

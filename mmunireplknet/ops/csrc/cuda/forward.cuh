@@ -58,44 +58,40 @@ __device__ __forceinline__ void fill_table(const Forward& job, int c0, int kerne
 
 constexpr int ACROSS = SUB_COLUMNS / 8;  // matrices of output that a warp makes at a time
 
-// Adds ROWS rows of the kernel, with the fragments b of their ROWS * P pieces. Two pieces make one product, of the same
-// row or not.
-template <typename T, int P, int ROWS>
-__device__ __forceinline__ void add_rows(float (&sum)[ACROSS][4], const uint32_t* b, const uint32_t (&from)[2]) {
-  uint32_t a[ROWS][P + ACROSS - 1][2];
+// Adds a row of the kernel, with the fragments b of its P pieces, an odd number. Two pieces that ldmatrix brings in four
+// registers in a row make one product, which spares moving them; the piece that is left over makes one of half the depth.
+template <typename T, int P>
+__device__ __forceinline__ void add_row(float (&sum)[ACROSS][4], const uint32_t (&b)[P], uint32_t from) {
 #pragma unroll
-  for (int row = 0; row < ROWS; ++row) {
-#pragma unroll
-    for (int q = 0; q < P + ACROSS - 1; q += 2) {
-      uint32_t r[4];
-      load_matrices(r, from[row] + q * 16);
-      a[row][q][0] = r[0], a[row][q][1] = r[1], a[row][q + 1][0] = r[2], a[row][q + 1][1] = r[3];
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < ROWS * P; i += 2) {
-    const bool two = i + 1 < ROWS * P;
-    const int j = two ? i + 1 : i;
+  for (int q = 0; q < P + ACROSS - 1; q += 2) {
+    uint32_t a[4];
+    load_matrices(a, from + q * 16);
 #pragma unroll
     for (int tile = 0; tile < ACROSS; ++tile) {
-      const uint32_t(&low)[2] = a[i / P][tile + i % P];
-      const uint32_t(&high)[2] = a[j / P][tile + j % P];
-      multiply<T>(sum[tile], low[0], low[1], high[0], high[1], b[i], two ? b[j] : 0);
+      const int p = q - tile;
+      if (p >= 0 && p + 1 < P)
+        multiply<T>(sum[tile], a[0], a[1], a[2], a[3], b[p], b[p + 1]);
+      else if (p == P - 1)
+        multiply_half<T>(sum[tile], a[0], a[1], b[p]);
+      else if (p == -1)
+        multiply_half<T>(sum[tile], a[2], a[3], b[0]);
     }
   }
 }
 
 // The same for one row in single precision: TF32, or where EXACT the three larger of the four products of halves.
 template <int P, bool EXACT>
-__device__ __forceinline__ void add_row(float (&sum)[ACROSS][4], const uint2 (&b)[P][2], uint32_t from) {
+__device__ __forceinline__ void add_row_single(float (&sum)[ACROSS][4], const uint2 (&b)[P][2], uint32_t from) {
 #pragma unroll
   for (int q = 0; q < P + ACROSS - 1; ++q) {
     uint32_t r[4], high[4], low[4];
     load_matrices(r, from + q * 32);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      high[i] = round_tf32(float_of(r[i]));
-      low[i] = round_tf32(float_of(r[i]) - float_of(high[i]));
+      if constexpr (EXACT)
+        split(float_of(r[i]), high[i], low[i]);
+      else
+        high[i] = round_tf32(float_of(r[i]));
     }
 #pragma unroll
     for (int p = 0; p < P; ++p) {
@@ -113,7 +109,7 @@ __device__ __forceinline__ void add_row(float (&sum)[ACROSS][4], const uint2 (&b
 // All rows of the kernel for one subtile whose upper left input is at `from` for this lane. KERNEL is the size of the
 // kernel if its fragments are in registers, in `b`, and 0 if they are read from the table.
 template <typename T, int P, int KERNEL, bool EXACT>
-__device__ __forceinline__ void convolve(float (&sum)[ACROSS][4], const uint32_t* b, uint32_t table, uint32_t from,
+__device__ __forceinline__ void convolve(float (&sum)[ACROSS][4], const uint32_t (*b)[P], uint32_t table, uint32_t from,
                                          int kernel, int step) {
   constexpr int BYTES = (8 * P + 8) * sizeof(typename Entry<T>::type);
   if constexpr (sizeof(T) == 4) {
@@ -125,24 +121,19 @@ __device__ __forceinline__ void convolve(float (&sum)[ACROSS][4], const uint32_t
         taps[p][0] = load_shared<uint2>(table + ky * BYTES + p * 64);
         taps[p][1] = load_shared<uint2>(table + ky * BYTES + p * 64 + 32);
       }
-      add_row<P, EXACT>(sum, taps, from + ky * step);
+      add_row_single<P, EXACT>(sum, taps, from + ky * step);
     }
   } else if constexpr (KERNEL > 0) {
 #pragma unroll
-    for (int ky = 0; ky + 1 < KERNEL; ky += 2)
-      add_rows<T, P, 2>(sum, b + ky * P, {from + ky * step, from + (ky + 1) * step});
-    add_rows<T, P, 1>(sum, b + (KERNEL - 1) * P, {from + (KERNEL - 1) * step, 0});
+    for (int ky = 0; ky < KERNEL; ++ky) add_row<T, P>(sum, b[ky], from + ky * step);
   } else {
-    uint32_t pair[2 * P];
-#pragma unroll 1
-    for (int ky = 0; ky + 1 < kernel; ky += 2) {
+#pragma unroll 2
+    for (int ky = 0; ky < kernel; ++ky) {
+      uint32_t taps[P];
 #pragma unroll
-      for (int p = 0; p < 2 * P; ++p) pair[p] = load_shared<uint32_t>(table + (ky + p / P) * BYTES + p % P * 32);
-      add_rows<T, P, 2>(sum, pair, {from + ky * step, from + (ky + 1) * step});
+      for (int p = 0; p < P; ++p) taps[p] = load_shared<uint32_t>(table + ky * BYTES + p * 32);
+      add_row<T, P>(sum, taps, from + ky * step);
     }
-#pragma unroll
-    for (int p = 0; p < P; ++p) pair[p] = load_shared<uint32_t>(table + (kernel - 1) * BYTES + p * 32);
-    add_rows<T, P, 1>(sum, pair, {from + (kernel - 1) * step, 0});
   }
 }
 
@@ -204,7 +195,7 @@ __device__ __forceinline__ void store_pixels(const Forward& job, int n, int c0, 
 // A block has `group` channels, its weights once, and every splits-th tile of all images. Its warps have one channel
 // each, and share the subtiles.
 template <typename T, int P, int KERNEL, bool EXACT>
-__global__ void __launch_bounds__(256, 2) forward_kernel(const Forward job) {
+__global__ void __launch_bounds__(256, KERNEL > 11 ? 1 : 2) forward_kernel(const Forward job) {
   const Shape& s = job.shape;
   const int kernel = KERNEL ? KERNEL : s.kernel, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int c0 = static_cast<int>(blockIdx.x) / job.splits * job.group;
@@ -229,9 +220,10 @@ __global__ void __launch_bounds__(256, 2) forward_kernel(const Forward job) {
   using E = typename Entry<T>::type;
   const uint32_t table = job.table + (channel * kernel * (8 * P + 8) + lane % 4 * (sizeof(T) == 4 ? 1 : 2) - lane / 4 + 7) *
                                          static_cast<uint32_t>(sizeof(E));
-  uint32_t b[KERNEL ? KERNEL * P : 1];
+  uint32_t b[KERNEL ? KERNEL : 1][P];
 #pragma unroll
-  for (int i = 0; i < KERNEL * P; ++i) b[i] = load_shared<uint32_t>(table + (i / P * (8 * P + 8) + i % P * 8) * 4);
+  for (int i = 0; i < KERNEL * P; ++i)
+    b[i / P][i % P] = load_shared<uint32_t>(table + (i / P * (8 * P + 8) + i % P * 8) * 4);
   const float bias = job.bias && c < s.c ? load_number(job.bias, job.bias_type, c) : 0.f;
   const uint32_t staged = job.staging + warp * SUB_ROWS * STAGED<T>;
   // The row of a matrix that this lane names to ldmatrix: matrices 0 and 1 below each other, 2 and 3 to their right.

@@ -44,9 +44,11 @@ template <bool EXACT>
 struct SingleFragments {
   uint32_t high[2][2][4], low[2][2][4];
 
-  static __device__ __forceinline__ void split(float value, uint32_t& high, uint32_t& low) {
-    high = round_tf32(value);
-    low = round_tf32(value - float_of(high));
+  static __device__ __forceinline__ void convert(float value, uint32_t& first, uint32_t& second) {
+    if constexpr (EXACT)
+      split(value, first, second);
+    else
+      first = round_tf32(value);
   }
 
   __device__ __forceinline__ void load_grad(uint32_t tile, int stride, int lane) {
@@ -57,8 +59,8 @@ struct SingleFragments {
       for (int i = 0; i < 2; ++i)
 #pragma unroll
         for (int r = 0; r < 4; ++r)
-          split(load_shared<float>(tile + (step * 8 + r / 2 * 4) * stride + (i * 16 + r % 2 * 8) * 4), high[step][i][r],
-                low[step][i][r]);
+          convert(load_shared<float>(tile + (step * 8 + r / 2 * 4) * stride + (i * 16 + r % 2 * 8) * 4), high[step][i][r],
+                  low[step][i][r]);
   }
 
   template <int COUNT>
@@ -71,7 +73,7 @@ struct SingleFragments {
         uint32_t b[2], rest[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-          split(load_shared<float>(tile + (step * 8 + r * 4) * stride + j * 32), b[r], rest[r]);
+          convert(load_shared<float>(tile + (step * 8 + r * 4) * stride + j * 32), b[r], rest[r]);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int at = j - 2 * i;
