@@ -1,8 +1,8 @@
 """Packaging of mmunireplknet: configs, tools and model index inside (OpenMMLab's ``.mim`` folder), compiled kernels.
 
 The kernels are optional. The environment variable ``MMUNI_WITH_OPS`` says whether they are compiled: ``auto`` where
-it can be done (the default; otherwise the package is pure Python), ``1`` or the build fails, ``0`` not at all. Those for
-CUDA are compiled where nvcc and a torch for CUDA are, for the GPUs that ``TORCH_CUDA_ARCH_LIST`` names.
+it can be done (the default; otherwise the package is pure Python), ``1`` or the build fails, ``0`` not at all. Those
+for CUDA are compiled where nvcc and a torch for CUDA are, for the GPUs that ``TORCH_CUDA_ARCH_LIST`` names.
 """
 
 from __future__ import annotations

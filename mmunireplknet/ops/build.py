@@ -1,9 +1,9 @@
 """Build the compiled kernels: ``python -m mmunireplknet.ops.build``.
 
-Two shared libraries on the LibTorch stable ABI, independent of the versions of Python and (from 2.10 on) torch: ``cpu``,
-which takes a C++17 compiler, GCC 9 or Clang 12 and newer, and seconds; and ``cuda``, which takes nvcc besides, of the
-same major version of CUDA as torch. A library lands beside this file, or in the user's cache where that folder is
-read-only; its name carries a hash of the sources, so that a stale one is never loaded.
+Two shared libraries on the LibTorch stable ABI, independent of the versions of Python and (from 2.10 on) torch. ``cpu``
+takes a C++17 compiler, GCC 9 or Clang 12 and newer, and seconds; ``cuda`` takes nvcc besides, of the major version of
+CUDA that torch has. A library lands beside this file, or in the user's cache where that folder is read-only; its name
+carries a hash of the sources, so that a stale one is never loaded.
 
 ``setup.py`` runs this file by its path: it imports nothing but the standard library.
 """
@@ -93,7 +93,9 @@ def architectures() -> list[str]:
     for name in re.split(r'[;,\s]+', wish.strip()):
         found = re.fullmatch(r'(\d+)\.(\d[af]?)(\+PTX)?', name)
         if found is None:
-            raise RuntimeError(f'TORCH_CUDA_ARCH_LIST={wish}: {name!r} is no architecture; write it as {ARCHITECTURES}.')
+            raise RuntimeError(
+                f'TORCH_CUDA_ARCH_LIST={wish}: {name!r} is no architecture; write it as {ARCHITECTURES}.'
+            )
         if int(found[1]) < 8:
             raise RuntimeError(f'TORCH_CUDA_ARCH_LIST={wish}: the CUDA kernels take 8.0 (Ampere) and newer.')
         number = found[1] + found[2]
@@ -126,16 +128,18 @@ def _why_no_cuda(version: str) -> str:
     found = re.search(r"^cuda\b[^=]*= *'(\d+)", said, re.MULTILINE)
     if found is None:
         return f'torch {version} has no CUDA.'
+    if not any(CUDA_SOURCES.glob('*.cu')):
+        return f'their sources are missing in {CUDA_SOURCES}.'
     command = nvcc()
     if not command:
-        return f'there is no nvcc (install the CUDA toolkit {found[1]} or the package nvidia-cuda-nvcc, or set CUDA_HOME).'
+        return f'there is no nvcc (install CUDA {found[1]} or the package nvidia-cuda-nvcc, or set CUDA_HOME).'
     try:
-        said = subprocess.run([command, '--version'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+        done = subprocess.run([command, '--version'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     except OSError as error:
         return f'{command} cannot be run: {error}.'
-    release = re.search(r'release (\d+)\.', said)
+    release = re.search(r'release (\d+)\.', done.stdout)
     if release is None:
-        return f'{command} --version names no release: {said.strip()[:200]!r}.'
+        return f'{command} --version names no release: {done.stdout.strip()[:200]!r}.'
     if release[1] != found[1]:
         return f'{command} is of CUDA {release[1]}, torch {version} of CUDA {found[1]}; they must have the same number.'
     return ''

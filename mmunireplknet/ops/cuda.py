@@ -32,7 +32,7 @@ def why_not() -> str:
     try:
         load(str(file))
     except (OSError, RuntimeError) as error:
-        return f'{file} does not work: {error}'
+        return f'{file} does not work: {error.__cause__ or error}'
     return ''
 
 

@@ -15,7 +15,6 @@ from mmunireplknet.ops import build
 HERE = Path(__file__).resolve().parent
 SOURCES = Path(build.__file__).resolve().parent / 'csrc' / 'cuda'
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-PROCESSORS = 1  # few, so that blocks have several tiles
 
 
 class Shape(ctypes.Structure):
@@ -32,21 +31,27 @@ class Sums(ctypes.Structure):
     ]
 
 
-def compile_emulation(folder: Path, flags: tuple[str, ...] = ()) -> Path:
-    """Build the library; ``flags`` come last."""
-    library = folder / 'emulation.so'
-    command = [*build.compiler(), '-std=c++17', '-O1', '-fPIC', '-shared', f'-I{HERE}', f'-I{SOURCES}', *flags]
-    subprocess.run([*command, *map(str, HERE.glob('*.cpp')), '-o', str(library)], check=True)
-    return library
+def compile_emulation(folder: Path, program: str, sources: Path = SOURCES) -> ctypes.CDLL:
+    """The machine with ``program``, 'emulate' or 'checks', as a library."""
+    library = folder / f'{program}.so'
+    command = [*build.compiler(), '-std=c++17', '-O1', '-w', '-fPIC', '-shared', f'-I{HERE}', f'-I{sources}']
+    files = [str(HERE / f'{name}.cpp') for name in ('machine', program)]
+    subprocess.run([*command, *files, '-o', str(library)], check=True)
+    return ctypes.CDLL(str(library))
 
 
 class Emulation:
-    """Functions like those of the CUDA backend, for tensors on the CPU."""
+    """The operators of operators.cpp, for tensors on the CPU.
 
-    def __init__(self, library: Path) -> None:
-        self.library = ctypes.CDLL(str(library))
+    Attributes:
+        processors: Of the GPU; with 0, one block has all the tiles of a channel.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        self.processors = 0
         for name in ('forward', 'weight_grad', 'add_up'):
-            getattr(self.library, name).restype = ctypes.c_char_p
+            getattr(library, name).restype = ctypes.c_char_p
 
     def _begin(self, *tensors: Tensor | None) -> list[ctypes.c_void_p]:
         """Pointers of tensors, which alone may be touched."""
@@ -55,14 +60,14 @@ class Emulation:
             if t is not None and t.numel():
                 reach = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True)) + 1
                 self.library.allow(ctypes.c_void_p(t.data_ptr()), ctypes.c_size_t(reach * t.element_size()))
-        self.library.set_up(random.randrange(2**31), PROCESSORS)
+        self.library.set_up(random.randrange(2**31), self.processors)
         return [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
 
     def _end(self, problem: bytes) -> None:
         if problem:
             raise RuntimeError(problem.decode())
 
-    def _sum(self, partial: Tensor, out: Tensor, between: int, apart: int) -> None:
+    def _add(self, partial: Tensor, out: Tensor, between: int, apart: int) -> None:
         pointers = self._begin(partial, out)
         job = Sums(*pointers, out.numel(), partial.numel() // out.numel(), between, apart)
         self._end(self.library.add_up(ctypes.byref(job)))
@@ -72,43 +77,41 @@ class Emulation:
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        out: Tensor,
+        sums: Tensor | None,
+        kernel: int,
         dilation: int,
-        flipped: bool = False,
-        layout: torch.memory_format | None = None,
-        exact: bool = True,
-    ) -> tuple[Tensor, Tensor]:
-        """Output, in ``layout`` or in that of ``x``, and the sums of its planes."""
-        out = torch.empty_like(x) if layout is None else torch.empty_like(x, memory_format=layout)
+        flip: bool,
+        tf32: bool,
+    ) -> None:
+        """As the operator of operators.cpp."""
         out.fill_(torch.nan)
-        shape = Shape(*x.shape, weight.shape[-1], dilation)
-        partial = torch.full((*x.shape[:2], self.library.subtiles(ctypes.byref(shape))), torch.nan)
-        weight = weight.contiguous()
+        shape = ctypes.byref(Shape(*x.shape, kernel, dilation))
+        partial = None if sums is None else torch.full((*x.shape[:2], self.library.subtiles(shape)), torch.nan)
         p = self._begin(x, weight, bias, out, partial)
-        strides = [(ctypes.c_int64 * 4)(*t.stride()) for t in (x, out)]
-        bias_type = 0 if bias is None else TYPES[bias.dtype]
         self._end(
             self.library.forward(
-                TYPES[x.dtype], p[0], strides[0], p[1], TYPES[weight.dtype], p[2], bias_type, p[3], strides[1], p[4],
-                ctypes.byref(shape), ctypes.c_bool(flipped), ctypes.c_bool(exact),
+                TYPES[x.dtype], p[0], _strides(x), p[1], TYPES[weight.dtype], p[2],
+                0 if bias is None else TYPES[bias.dtype], p[3], _strides(out), p[4], shape, flip, not tf32,
             )
         )  # fmt: skip
-        sums = torch.empty(x.shape[:2])
-        self._sum(partial, sums, partial.shape[-1], 1)
-        return out, sums
+        if sums is not None and partial is not None:
+            self._add(partial, sums, partial.shape[-1], 1)
 
-    def weight_grad(self, x: Tensor, grad: Tensor, kernel: int, dilation: int, exact: bool = True) -> Tensor:
-        """(C, 1, K, K) in float32."""
+    def weight_grad(self, x: Tensor, grad: Tensor, out: Tensor, kernel: int, dilation: int, tf32: bool) -> None:
+        """As the operator of operators.cpp."""
         shape = ctypes.byref(Shape(*x.shape, kernel, dilation))
         self._begin()
-        parts = self.library.weight_grad_parts(TYPES[x.dtype], shape)
-        partial = torch.full((parts, x.shape[1], 1, kernel, kernel), torch.nan)
+        partial = torch.full((self.library.weight_grad_parts(TYPES[x.dtype], shape), *out.shape), torch.nan)
         p = self._begin(x, grad, partial)
-        strides = [(ctypes.c_int64 * 4)(*t.stride()) for t in (x, grad)]
         self._end(
             self.library.weight_grad(
-                TYPES[x.dtype], p[0], strides[0], p[1], strides[1], p[2], shape, ctypes.c_bool(exact)
+                TYPES[x.dtype], p[0], _strides(x), p[1], _strides(grad), p[2], shape, not tf32
             )
-        )
-        out = torch.empty(partial.shape[1:])
-        self._sum(partial, out, 1, out.numel())
-        return out
+        )  # fmt: skip
+        self._add(partial, out, 1, out.numel())
+
+
+def _strides(t: Tensor) -> ctypes.Array:
+    """As operators.cpp passes them: where there is one column alone, its distance to the next may be anything."""
+    return (ctypes.c_int64 * 4)(*t.stride()[:3], 1 if t.shape[3] == 1 else t.stride(3))
