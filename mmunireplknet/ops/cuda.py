@@ -13,6 +13,8 @@ import functools
 import torch
 from torch import Tensor
 
+from .. import compat
+
 __all__ = ['forward', 'supports', 'weight_grad', 'why_not']
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -112,4 +114,4 @@ def _numbers(values: Tensor) -> Tensor:
 
 
 def _may_use_tf32(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == 'tf32'
+    return x.dtype == torch.float32 and compat.convolutions_may_use_tf32()

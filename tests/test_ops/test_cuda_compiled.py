@@ -81,9 +81,9 @@ def test_every_kernel_is_there_and_spills_nothing(library: Path) -> None:
     for (architecture, kernel), needs in found.items():
         where = f'{kernel} on {architecture}: {needs}'
         assert (needs['STACK'], needs['LOCAL']) == (0, 0), where
-        # Blocks of 256 threads side by side: two, or one of those that keep most in registers.
-        single = kernel in WEIGHT_GRAD_SINGLE or ', 13, ' in kernel
-        assert needs['REG'] <= (176 if single else 128), where
+        # Two blocks of 256 threads side by side, or one of those that keep most in registers.
+        alone = 'weight_grad' in kernel or ', 13, ' in kernel
+        assert needs['REG'] <= (192 if alone else 128), where
         assert needs['SHARED'] <= 1024, where  # what sm_90 keeps for itself; the rest is asked for at the launch
 
 
@@ -94,8 +94,7 @@ def test_later_gpus_get_ptx(library: Path) -> None:
 def instructions(library: Path, name: str, kernel: str, architecture: str) -> list[tuple[int, str, str]]:
     """Address, name and operands of the machine code of a kernel."""
     text = dump('-sass', '-arch', architecture, library.with_name(f'{name}.o'))
-    (body,) = (part for part in text.split('Function : ')[1:] if kernel in subprocess.run(
-        ['c++filt', part.split()[0]], check=True, capture_output=True, text=True).stdout.replace('mmuni::', ''))  # fmt: skip
+    (body,) = (part for part in text.split('Function : ')[1:] if kernel in part.partition('(')[0])
     found = re.findall(r'/\*([0-9a-f]{4,})\*/\s+(?:@\S+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);', body)
     return [(int(address, 16), name, operands) for address, name, operands in found]
 

@@ -1,7 +1,7 @@
 // What only a GPU has: tensor cores, shared memory, asynchronous copies, and the launch of a kernel.
 //
-// The kernels use nothing of CUDA but this and the built-in variables. The tests put another file with the same guard in
-// its place and run the kernels on the CPU.
+// The kernels use nothing of CUDA but this and the built-in variables. The tests put another file with the same guard
+// in its place and run the kernels on the CPU.
 #ifndef MMUNI_CUDA_DEVICE_CUH
 #define MMUNI_CUDA_DEVICE_CUH
 

@@ -1,8 +1,8 @@
 // The depthwise convolution, and its input gradient, as products with Toeplitz matrices on tensor cores.
 //
 // Row ky of the kernel adds to 16 x 8 outputs the product of 16 x D inputs, rows moved by ky, with the D x 8 matrix
-// t[k][n] = w[ky][k - n]. All eight columns further right have the same matrix, eight columns of input further right, so
-// that an input fragment serves up to `pieces` of them and a weight fragment serves a whole channel.
+// t[k][n] = w[ky][k - n]. The next eight columns have the same matrix, and inputs eight columns further right: a
+// fragment of the input serves up to `pieces` of them, and one of the weights serves a whole channel.
 #pragma once
 
 #include "tile.cuh"
@@ -58,8 +58,9 @@ __device__ __forceinline__ void fill_table(const Forward& job, int c0, int kerne
 
 constexpr int ACROSS = SUB_COLUMNS / 8;  // matrices of output that a warp makes at a time
 
-// Adds a row of the kernel, with the fragments b of its P pieces, an odd number. Two pieces that ldmatrix brings in four
-// registers in a row make one product, which spares moving them; the piece that is left over makes one of half the depth.
+// Adds a row of the kernel, with the fragments b of its P pieces, an odd number. Two pieces that ldmatrix brings in
+// four registers in a row make one product, which spares moving them; the piece that is left makes one of half the
+// depth.
 template <typename T, int P>
 __device__ __forceinline__ void add_row(float (&sum)[ACROSS][4], const uint32_t (&b)[P], uint32_t from) {
 #pragma unroll
@@ -218,8 +219,8 @@ __global__ void __launch_bounds__(256, KERNEL > 11 ? 1 : 2) forward_kernel(const
   __syncthreads();
   // Entry k - n + 7 of row ky, for k = 2 (lane % 4) (TF32: lane % 4) and n = lane / 4.
   using E = typename Entry<T>::type;
-  const uint32_t table = job.table + (channel * kernel * (8 * P + 8) + lane % 4 * (sizeof(T) == 4 ? 1 : 2) - lane / 4 + 7) *
-                                         static_cast<uint32_t>(sizeof(E));
+  const int entry = channel * kernel * (8 * P + 8) + lane % 4 * (sizeof(T) == 4 ? 1 : 2) - lane / 4 + 7;
+  const uint32_t table = job.table + entry * static_cast<int>(sizeof(E));
   uint32_t b[KERNEL ? KERNEL : 1][P];
 #pragma unroll
   for (int i = 0; i < KERNEL * P; ++i)
@@ -298,14 +299,16 @@ const char* start_forward(const Forward& job, Stream stream) {
   return launch(forward_kernel<T, P, KERNEL, EXACT>, job, blocks, job.warps * 32, job.shared, stream);
 }
 
-// With the fragments of 13x13 and 7x7 kernels in registers. `exact` is about single precision alone.
+// With the fragments of 13x13 and 7x7 kernels in registers, where that leaves room for several blocks. `exact` is about
+// single precision alone.
 template <typename T>
 const char* run_forward(Forward job, bool exact, Stream stream) {
   plan(job, sizeof(T), multiprocessors());
   const bool wide = job.shape.pieces() == WIDE;
   if constexpr (sizeof(T) == 4) {
-    if (exact) return wide ? start_forward<T, WIDE, 0, true>(job, stream) : start_forward<T, NARROW, 0, true>(job, stream);
-  } else if (!wide) {
+    if (exact && wide) return start_forward<T, WIDE, 0, true>(job, stream);
+    if (exact) return start_forward<T, NARROW, 0, true>(job, stream);
+  } else if (!wide && job.group == 1) {
     switch (job.shape.kernel) {
       case 13: return start_forward<T, NARROW, 13, false>(job, stream);
       case 7: return start_forward<T, NARROW, 7, false>(job, stream);

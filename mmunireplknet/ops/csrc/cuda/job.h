@@ -147,7 +147,7 @@ inline void plan(Forward& job, int size, int processors) {
     plan_memory(job, size);
   }
   job.items = s.n * ceil_div(s.h, job.down * SUB_ROWS) * ceil_div(s.w, job.across * SUB_COLUMNS);
-  job.splits = splits_of(job.items, ceil_div(s.c, job.group), processors * 32 / job.warps);
+  job.splits = splits_of(job.items, ceil_div(s.c, job.group), processors * 16 / job.warps);
   job.copy = bytes_at_once(job.x, s.w, size);
   job.store = bytes_at_once(job.out, s.w, size);
   job.x_vector = channels_at_once(job.x, s.c, job.group, size);

@@ -1,7 +1,7 @@
 // Operators of the depthwise convolution on GPUs.
 //
-// They stand on the LibTorch stable ABI, as those of csrc/cpu do. What would read or write beside the memory of a tensor
-// is refused here; everything else is checked in Python, by those who call these.
+// They stand on the LibTorch stable ABI, as those of csrc/cpu do. What would read or write beside the memory of a
+// tensor is refused here; everything else is checked in Python, by those who call these.
 #define USE_CUDA  // the shim's functions for streams; none of CUDA's own headers comes with them
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -67,7 +67,8 @@ Shape shape_of(const Tensor& x, int64_t kernel, int64_t dilation) {
 }
 
 const void* numbers_of(const Tensor& t, const Tensor& x, int64_t count, const char* name) {
-  STD_TORCH_CHECK(t.is_contiguous() && t.numel() == count && t.is_cuda() && t.get_device_index() == x.get_device_index(),
+  const bool is_there = t.is_cuda() && t.get_device_index() == x.get_device_index();
+  STD_TORCH_CHECK(is_there && t.is_contiguous() && t.numel() == count,
                   "mmuni_cuda: ", name, " must be ", count, " contiguous values on the device of x, not ", t.numel());
   return t.data_ptr();
 }

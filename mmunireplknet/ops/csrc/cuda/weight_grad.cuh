@@ -1,8 +1,8 @@
 // The weight gradient as banded Gram matrices on tensor cores.
 //
-// For row ky of the kernel and 16 columns of the gradient, D[i][j] is the sum over rows y of g[y][i] x[y + ky][j]; tap kx
-// is the sum of one of its diagonals. All columns of a map, all its rows and all images add to the same D, so that the
-// diagonals are summed once per block. What blocks have summed is added up by another kernel: no atomics.
+// For row ky of the kernel and 16 columns of the gradient, D[i][j] is the sum over rows y of g[y][i] x[y + ky][j]; tap
+// kx is the sum of one of its diagonals. All columns of a map, all its rows and all images add to the same D, so that
+// the diagonals are summed once per block. What blocks have summed is added up by another kernel: no atomics.
 #pragma once
 
 #include "tile.cuh"
@@ -59,8 +59,8 @@ struct SingleFragments {
       for (int i = 0; i < 2; ++i)
 #pragma unroll
         for (int r = 0; r < 4; ++r)
-          convert(load_shared<float>(tile + (step * 8 + r / 2 * 4) * stride + (i * 16 + r % 2 * 8) * 4), high[step][i][r],
-                  low[step][i][r]);
+          convert(load_shared<float>(tile + (step * 8 + r / 2 * 4) * stride + (i * 16 + r % 2 * 8) * 4),
+                  high[step][i][r], low[step][i][r]);
   }
 
   template <int COUNT>
@@ -100,10 +100,10 @@ struct FragmentsOf<float, EXACT> {
   using type = SingleFragments<EXACT>;
 };
 
-// A block has one channel and every splits-th tile of all images. Warp (group, slice) has rows group, group + groups, ...
-// of the kernel, and of each tile every slices-th 16 rows.
+// A block has one channel and every splits-th tile of all images. Warp (group, slice) has rows group, group + groups,
+// ... of the kernel, and of each tile every slices-th 16 rows.
 template <typename T, int P, bool EXACT>
-__global__ void __launch_bounds__(256) weight_grad_kernel(const WeightGrad job) {
+__global__ void __launch_bounds__(256, 1) weight_grad_kernel(const WeightGrad job) {
   constexpr int COUNT = P + 1;  // 8 columns of input for 16 of the gradient
   const Shape& s = job.shape;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = warp % job.groups, slice = warp / job.groups;
@@ -137,7 +137,8 @@ __global__ void __launch_bounds__(256) weight_grad_kernel(const WeightGrad job) 
 #pragma unroll
       for (int r = 0; r < GRAD_ROWS; ++r) {
         const int ky = group + r * job.groups;
-        if (ky < s.kernel) grad.add(sum[r], x_tile + (y + ky * s.dilation) * job.x_tile.stride, job.x_tile.stride, lane);
+        const int stride = job.x_tile.stride;
+        if (ky < s.kernel) grad.add(sum[r], x_tile + (y + ky * s.dilation) * stride, stride, lane);
       }
     }
     __syncthreads();
@@ -180,8 +181,10 @@ const char* start_weight_grad(const WeightGrad& job, Stream stream) {
 template <typename T>
 const char* run_weight_grad(const WeightGrad& job, bool exact, Stream stream) {
   const bool wide = job.shape.pieces() == WIDE;
-  if constexpr (sizeof(T) == 4)
-    if (exact) return wide ? start_weight_grad<T, WIDE, true>(job, stream) : start_weight_grad<T, NARROW, true>(job, stream);
+  if constexpr (sizeof(T) == 4) {
+    if (exact && wide) return start_weight_grad<T, WIDE, true>(job, stream);
+    if (exact) return start_weight_grad<T, NARROW, true>(job, stream);
+  }
   return wide ? start_weight_grad<T, WIDE, false>(job, stream) : start_weight_grad<T, NARROW, false>(job, stream);
 }
 
