@@ -6,6 +6,7 @@ the kernels, and how fast they are.
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 import shutil
@@ -158,6 +159,15 @@ def test_weight_grad(emulation: Emulation, dtype: torch.dtype, kernel: int) -> N
     for i, case in enumerate(draw(dtype, kernel, 4, 2000)):
         emulation.processors = i % 3
         check_weight_grad(case)
+
+
+def test_matrices_are_read_from_all_banks_at_once(emulation: Emulation) -> None:
+    before = emulation.library.conflicts()
+    for dtype, kernel, layout in itertools.product(DTYPES, (13, 31), LAYOUTS):
+        x = torch.randn(1, 2, 20, 40).to(dtype).contiguous(memory_format=layout)
+        cuda.forward(x, torch.randn(2, 1, kernel, kernel), None, 1)
+        cuda.weight_grad(x[:, :1], x[:, 1:], kernel, 1)
+    assert emulation.library.conflicts() == before
 
 
 def test_maps_of_any_strides(emulation: Emulation) -> None:

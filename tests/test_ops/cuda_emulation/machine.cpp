@@ -18,6 +18,7 @@ Dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace emulation {
 
 int processors = 2;
+int64_t conflicts = 0;
 
 namespace {
 
@@ -249,8 +250,11 @@ void load_matrices(uint32_t (&r)[4], uint32_t address, bool transposed) {
   collective(transposed ? "ldmatrix.trans" : "ldmatrix", &operand, [=](void** operands) {
     for (int matrix = 0; matrix < 4; ++matrix) {
       uint16_t rows[8][8];
+      unsigned banks = 0;
       for (int row = 0; row < 8; ++row) {
         const uint32_t from = static_cast<Operand*>(operands[8 * matrix + row])->address;
+        conflicts += banks >> from / 16 % 8 & 1;
+        banks |= 1u << from / 16 % 8;
         std::memcpy(rows[row], touch_shared(from, 16, false, SEVERAL), 16);
       }
       for (int lane = 0; lane < LANES; ++lane) {

@@ -2,11 +2,13 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace emulation {
 
 void allow(const void* begin, size_t bytes);  // global memory that a kernel may touch
 void forget();                                // all of it
 void seed(unsigned value);                    // of the order in which threads go on
+extern int64_t conflicts;                     // rows that ldmatrix read from banks of others of their matrix
 
 }  // namespace emulation

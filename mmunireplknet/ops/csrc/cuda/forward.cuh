@@ -257,10 +257,12 @@ __global__ void __launch_bounds__(256, KERNEL > 11 ? 1 : 2) forward_kernel(const
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int row = lane / 4 + half * 8, column = tile * 8 + lane % 4 * 2;
-            const float first_out = sum[tile][2 * half] + bias, second_out = sum[tile][2 * half + 1] + bias;
-            if (is_inside(y + row, x + column, s)) total += first_out;
-            if (is_inside(y + row, x + column + 1, s)) total += second_out;
-            stage<T>(staged + row * STAGED<T> + column * sizeof(T), first_out, second_out);
+            const float left = sum[tile][2 * half] + bias, right = sum[tile][2 * half + 1] + bias;
+            stage<T>(staged + row * STAGED<T> + column * sizeof(T), left, right);
+            if (job.sums) {
+              if (is_inside(y + row, x + column, s)) total += left;
+              if (is_inside(y + row, x + column + 1, s)) total += right;
+            }
           }
         }
         if (job.sums) {
