@@ -170,6 +170,20 @@ def test_matrices_are_read_from_all_banks_at_once(emulation: Emulation) -> None:
     assert emulation.library.conflicts() == before
 
 
+@pytest.mark.parametrize(('width', 'bytes_at_once'), [(48, 16), (36, 8), (42, 4), (37, 0)])
+def test_rows_are_copied_by_as_many_bytes_as_are_aligned(emulation: Emulation, width: int, bytes_at_once: int) -> None:
+    """Of 16-bit numbers; those that are aligned by nothing are loaded one by one."""
+    count = emulation.library.copies
+    before = {size: count(size) for size in (4, 8, 16)}
+    x = torch.randn(1, 1, 6, width).half()
+    cuda.forward(x, torch.randn(1, 1, 5, 5), None, 1)
+    expected = {size: 6 * width * 2 // size if size == bytes_at_once else 0 for size in before}
+    tiles = -(-width // 32)
+    taken = {size: count(size) - before[size] for size in before}
+    assert {size: n > 0 for size, n in taken.items()} == {size: n > 0 for size, n in expected.items()}
+    assert expected.get(bytes_at_once, 0) <= taken.get(bytes_at_once, 0) <= tiles * expected.get(bytes_at_once, 0)
+
+
 def test_maps_of_any_strides(emulation: Emulation) -> None:
     """Half the planes of a map, rows that are not aligned, one pixel in two, and a map of a single column."""
     whole = torch.randn(2, 6, 11, 26, generator=torch.Generator().manual_seed(0)).half()

@@ -50,7 +50,7 @@ class Emulation:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         self.processors = 0
-        library.conflicts.restype = ctypes.c_int64
+        library.conflicts.restype = library.copies.restype = ctypes.c_int64
         for name in ('forward', 'weight_grad', 'add_up'):
             getattr(library, name).restype = ctypes.c_char_p
 

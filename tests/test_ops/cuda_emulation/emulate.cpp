@@ -27,6 +27,8 @@ void set_up(unsigned seed, int processors) {
 
 int64_t conflicts() { return emulation::conflicts; }
 
+int64_t copies(int bytes) { return emulation::copies[bytes]; }
+
 int subtiles(const Shape* shape) { return subtiles_of(*shape); }
 
 const char* forward(int type, const void* x, const int64_t* x_stride, const void* weight, int weight_type,

@@ -19,6 +19,7 @@ namespace emulation {
 
 int processors = 2;
 int64_t conflicts = 0;
+int64_t copies[17] = {};
 
 namespace {
 
@@ -203,6 +204,7 @@ void copy_async(uint32_t to, const void* from, size_t count, bool inside) {
   else if (reinterpret_cast<uintptr_t>(from) % count) fail("source of a copy off its alignment");
   touch_shared(to, count, true, current);
   for (size_t i = to; i < to + count; ++i) bytes[i].state = State::PENDING;
+  copies[count] += inside;
   pool[current]->groups.back().push_back({to, from, count, inside});
 }
 
