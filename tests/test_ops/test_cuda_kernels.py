@@ -198,6 +198,21 @@ def test_maps_of_any_strides(emulation: Emulation) -> None:
         assert relative_error(grad, reference.weight_grad(x.double(), x.double(), 5, 1)) < 1e-5
 
 
+def test_images_that_are_far_apart(emulation: Emulation) -> None:
+    """More than 2**31 elements; what lies between takes no memory."""
+    near = torch.randn(2, 1, 9, 40, generator=torch.Generator().manual_seed(0)).half()
+    far = [
+        torch.empty(2**31 + 1024, dtype=torch.float16).as_strided(near.shape, (2**31 + 64, 360, 40, 1)) for _ in '12'
+    ]
+    x, out = far
+    x.copy_(near)
+    weight, grad = torch.randn(1, 1, 7, 7, generator=torch.Generator().manual_seed(1)), torch.empty(1, 1, 7, 7)
+    emulation.forward(x, weight, None, out, None, 7, 1, False, False)
+    assert relative_error(out, reference.convolve(near.double(), weight.half().double(), None, 1)) < 5e-4
+    emulation.weight_grad(x, out, grad, 7, 1, False)
+    assert relative_error(grad, reference.weight_grad(near.double(), out.double(), 7, 1)) < 1e-5
+
+
 def test_numbers_that_are_not_finite_stay_so(emulation: Emulation) -> None:
     """Within the kernel they reach what they reach in torch; outside of the 39 columns nothing changes."""
     for dtype in DTYPES:

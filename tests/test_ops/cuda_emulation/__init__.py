@@ -58,9 +58,11 @@ class Emulation:
         """Pointers of tensors, which alone may be touched."""
         self.library.forget()
         for t in tensors:
-            if t is not None and t.numel():
-                reach = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True)) + 1
-                self.library.allow(ctypes.c_void_p(t.data_ptr()), ctypes.c_size_t(reach * t.element_size()))
+            if t is None:
+                continue
+            for image in t if t.dim() == 4 else [t]:  # there may be much memory between two of them
+                reach = sum((size - 1) * step for size, step in zip(image.shape, image.stride(), strict=True)) + 1
+                self.library.allow(ctypes.c_void_p(image.data_ptr()), ctypes.c_size_t(reach * t.element_size()))
         self.library.set_up(random.randrange(2**31), self.processors)
         return [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
 
