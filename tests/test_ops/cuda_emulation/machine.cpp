@@ -64,7 +64,6 @@ struct Region {
   const char *begin, *end;
   std::vector<bool> written;
 };
-
 std::vector<std::unique_ptr<Thread>> pool;
 std::vector<Warp> warps;
 std::vector<unsigned char> memory;
@@ -169,7 +168,6 @@ const char* run_block(int threads, int shared) {
   if (alive) return (error = "deadlock: threads wait for others that do something else").c_str();
   return "";
 }
-
 }  // namespace
 
 void fail(const char* format, ...) {
@@ -290,14 +288,13 @@ void multiply_fragments(const char* name, Product& mine, int depth, const PlaceA
         b[row][column] = product.b[i];
       }
     }
-    for (int lane = 0; lane < LANES; ++lane) {
+    for (int lane = 0; lane < LANES; ++lane)
       for (int i = 0; i < 4; ++i) {
         const int row = (lane >> 2) + (i < 2 ? 0 : 8), column = lane % 4 * 2 + (i & 1);
         double sum = static_cast<Product*>(operands[lane])->d[i];
         for (int k = 0; k < depth; ++k) sum += static_cast<double>(a[row][k]) * b[k][column];
         static_cast<Product*>(operands[lane])->d[i] = static_cast<float>(sum);
       }
-    }
   });
 }
 
@@ -342,11 +339,11 @@ void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
 float half_to_float(uint16_t bits) {
   _Float16 value;
   std::memcpy(&value, &bits, 2);
-  return static_cast<float>(value);
+  return value;
 }
 
 uint16_t float_to_half(float value) {
-  const _Float16 narrow = static_cast<_Float16>(value);
+  const _Float16 narrow = value;
   uint16_t bits;
   std::memcpy(&bits, &narrow, 2);
   return bits;
