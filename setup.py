@@ -1,7 +1,8 @@
 """Packaging of mmunireplknet: configs, tools and model index inside (OpenMMLab's ``.mim`` folder), compiled kernels.
 
 The kernels are optional. The environment variable ``MMUNI_WITH_OPS`` says whether they are compiled: ``auto`` where
-it can be done (the default; otherwise the package is pure Python), ``1`` or the build fails, ``0`` not at all.
+it can be done (the default; otherwise the package is pure Python), ``1`` or the build fails, ``0`` not at all. Those
+for CUDA are compiled where nvcc and a torch for CUDA are, for the GPUs that ``TORCH_CUDA_ARCH_LIST`` names.
 """
 
 from __future__ import annotations
@@ -116,16 +117,24 @@ class BuildPyWithMimAndOps(build_py):
         """Compile the kernels in ``folder``, whose own files give the library the name it is looked for by."""
         # By its path: importing the package needs mmengine. runpy leaves no __pycache__ that a wheel would pick up.
         ops = runpy.run_path(str(folder / 'build.py'))
-        if self.editable_mode and (folder / ops['library_name']()).exists():
-            return
+        for kind in ops['KINDS']:
+            # Those for CUDA are required of nobody who has no nvcc, or no torch for CUDA.
+            if kind == 'cuda' and (reason := ops['why_not'](kind)):
+                self.announce(f'goes without the CUDA kernels: {reason}', level=logging.INFO)
+            elif not (self.editable_mode and (folder / ops['library_name'](kind)).exists()):
+                self.compile_library(ops, folder, kind, required)
+
+    def compile_library(self, ops: dict, folder: Path, kind: str, required: bool) -> None:
+        """Compile one of the libraries."""
         try:
-            library = ops['build'](folder)
+            library = ops['build'](folder, kind)
         except (RuntimeError, OSError) as error:
             if required:
                 raise CompileError(f'MMUNI_WITH_OPS=1: {error}') from error
             reason = str(error).splitlines()[0]
             later = 'MMUNI_WITH_OPS=1 makes it an error, python -m mmunireplknet.ops.build tries again'
-            self.announce(f'mmunireplknet is built as pure Python: {reason} ({later})', level=logging.WARNING)
+            without = 'pure Python' if kind == 'cpu' else 'a package without CUDA kernels'
+            self.announce(f'mmunireplknet is built as {without}: {reason} ({later})', level=logging.WARNING)
             return
         self.distribution.holds_library = not self.editable_mode
         self.announce(f'compiled {library}', level=logging.INFO)

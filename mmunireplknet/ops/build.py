@@ -1,8 +1,9 @@
 """Build the compiled kernels: ``python -m mmunireplknet.ops.build``.
 
-One shared library on the LibTorch stable ABI, independent of the versions of Python and (from 2.10 on) torch. It takes
-a C++17 compiler, GCC 9 or Clang 12 and newer, and seconds. The library lands beside this file, or in the user's cache
-where that folder is read-only; its name carries a hash of the sources, so that a stale one is never loaded.
+Two shared libraries on the LibTorch stable ABI, independent of the versions of Python and (from 2.10 on) torch. ``cpu``
+takes a C++17 compiler, GCC 9 or Clang 12 and newer, and seconds; ``cuda`` takes nvcc besides, of the major version of
+CUDA that torch has. A library lands beside this file, or in the user's cache where that folder is read-only; its name
+carries a hash of the sources, so that a stale one is never loaded.
 
 ``setup.py`` runs this file by its path: it imports nothing but the standard library.
 """
@@ -16,6 +17,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -25,22 +27,28 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-__all__ = ['build', 'library_file', 'why_not']
+__all__ = ['KINDS', 'build', 'library_file', 'why_not']
 
+KINDS = ('cpu', 'cuda')
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE / 'csrc' / 'cpu'
+CUDA_SOURCES = HERE / 'csrc' / 'cuda'
 FLAGS = ('-std=c++17', '-O2', '-fPIC', '-ffp-contract=fast', '-fvisibility=hidden', '-w')
+NVCC_FLAGS = ('-std=c++17', '-O3', '-w', '-Xcompiler=-fPIC,-fvisibility=hidden')
 # The oldest torch whose stable ABI has all that is used: 2.10.
 TORCH_TARGET = '-DTORCH_TARGET_VERSION=0x020a000000000000'
+# A100, H100, and whatever comes after them by way of PTX. What is built for 8.0 runs on 8.6 and 8.9 too.
+ARCHITECTURES = '8.0;9.0+PTX'
 
 
 @functools.cache
-def library_name() -> str:
+def library_name(kind: str = 'cpu') -> str:
     """File name of the library for the sources as they are now."""
-    digest = hashlib.sha256(' '.join([*FLAGS, TORCH_TARGET]).encode())
-    for file in sorted(f for f in SOURCES.iterdir() if f.suffix in ('.cpp', '.h', '.inc')):
+    folder, flags = (CUDA_SOURCES, [*NVCC_FLAGS, *FLAGS]) if kind == 'cuda' else (SOURCES, FLAGS)
+    digest = hashlib.sha256(' '.join([*flags, TORCH_TARGET]).encode())
+    for file in sorted(f for f in folder.iterdir() if f.suffix in ('.cpp', '.cu', '.cuh', '.h', '.inc')):
         digest.update(file.name.encode() + file.read_bytes())
-    return f'mmuni_cpu-{digest.hexdigest()[:12]}-{platform.machine()}.so'
+    return f'mmuni_{kind}-{digest.hexdigest()[:12]}-{platform.machine()}.so'
 
 
 def cache_folder() -> Path:
@@ -48,9 +56,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache', 'mmunireplknet', 'ops')
 
 
-def library_file() -> Path | None:
+def library_file(kind: str = 'cpu') -> Path | None:
     """The library that fits the sources, or None where it has not been built."""
-    return next((f for f in (HERE / library_name(), cache_folder() / library_name()) if f.exists()), None)
+    name = library_name(kind)
+    return next((f for f in (HERE / name, cache_folder() / name) if f.exists()), None)
 
 
 def compiler() -> list[str]:
@@ -61,7 +70,41 @@ def compiler() -> list[str]:
     return [found] if found else []
 
 
-def why_not() -> str:
+def nvcc() -> str:
+    """CUDA's compiler: of ``CUDA_HOME``, of ``PATH``, or of the package nvidia-cuda-nvcc; empty for none."""
+    home = os.environ.get('CUDA_HOME')
+    if home and Path(home, 'bin', 'nvcc').exists():
+        return str(Path(home, 'bin', 'nvcc'))
+    if found := shutil.which('nvcc'):
+        return found
+    spec = importlib.util.find_spec('nvidia')
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    return max((str(f) for folder in folders for f in Path(folder).glob('cu[0-9]*/bin/nvcc')), default='')
+
+
+def architectures() -> list[str]:
+    """What nvcc is to make machine code for, from ``TORCH_CUDA_ARCH_LIST`` as torch has it.
+
+    Raises:
+        RuntimeError: It names something else, or GPUs that are too old.
+    """
+    wish = os.environ.get('TORCH_CUDA_ARCH_LIST') or ARCHITECTURES
+    flags = []
+    for name in re.split(r'[;,\s]+', wish.strip()):
+        found = re.fullmatch(r'(\d+)\.(\d[af]?)(\+PTX)?', name)
+        if found is None:
+            raise RuntimeError(
+                f'TORCH_CUDA_ARCH_LIST={wish}: {name!r} is no architecture; write it as {ARCHITECTURES}.'
+            )
+        if int(found[1]) < 8:
+            raise RuntimeError(f'TORCH_CUDA_ARCH_LIST={wish}: the CUDA kernels take 8.0 (Ampere) and newer.')
+        number = found[1] + found[2]
+        for code in ('sm', 'compute') if found[3] else ('sm',):
+            flags.append(f'-gencode=arch=compute_{number},code={code}_{number}')
+    return flags
+
+
+def why_not(kind: str = 'cpu') -> str:
     """Why nothing can be built here; empty where it can."""
     if platform.system() == 'Windows':
         return 'the kernels need GCC or Clang, and are not built on Windows.'
@@ -72,39 +115,89 @@ def why_not() -> str:
         version = importlib.metadata.version('torch')
     except importlib.metadata.PackageNotFoundError:
         return 'torch is not installed where the build runs (pip hides it unless --no-build-isolation is given).'
-    new_enough = tuple(int(part) for part in version.split('+')[0].split('.')[:2]) >= (2, 10)
-    return '' if new_enough else f'torch {version} has no LibTorch stable ABI; it takes 2.10 or newer.'
+    if tuple(int(part) for part in version.split('+')[0].split('.')[:2]) < (2, 10):
+        return f'torch {version} has no LibTorch stable ABI; it takes 2.10 or newer.'
+    return _why_no_cuda(version) if kind == 'cuda' else ''
 
 
-def build(folder: Path | None = None) -> Path:
-    """Compile the library into ``folder`` and return it.
+def _why_no_cuda(version: str) -> str:
+    try:
+        said = (_torch_folder() / 'version.py').read_text()
+    except (OSError, RuntimeError) as error:
+        return str(error)
+    found = re.search(r"^cuda\b[^=]*= *'(\d+)", said, re.MULTILINE)
+    if found is None:
+        return f'torch {version} has no CUDA.'
+    if not any(CUDA_SOURCES.glob('*.cu')):
+        return f'their sources are missing in {CUDA_SOURCES}.'
+    command = nvcc()
+    if not command:
+        return f'there is no nvcc (install CUDA {found[1]} or the package nvidia-cuda-nvcc, or set CUDA_HOME).'
+    try:
+        done = subprocess.run([command, '--version'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as error:
+        return f'{command} cannot be run: {error}.'
+    release = re.search(r'release (\d+)\.', done.stdout)
+    if release is None:
+        return f'{command} --version names no release: {done.stdout.strip()[:200]!r}.'
+    if release[1] != found[1]:
+        return f'{command} is of CUDA {release[1]}, torch {version} of CUDA {found[1]}; they must have the same number.'
+    return ''
+
+
+def build(folder: Path | None = None, kind: str = 'cpu') -> Path:
+    """Compile a library into ``folder`` and return it.
 
     Args:
         folder: Default: beside the package's own files, or the user's cache where those are read-only.
+        kind: 'cpu' or 'cuda'.
 
     Raises:
         RuntimeError: It cannot be built, with the reason or the compiler's message.
     """
-    if reason := why_not():
-        raise RuntimeError(f'The CPU kernels cannot be built: {reason}')
+    if reason := why_not(kind):
+        raise RuntimeError(f'The {_title(kind)} kernels cannot be built: {reason}')
     folder = folder or (HERE if os.access(HERE, os.W_OK) else cache_folder())
-    root = _torch_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(folder, error) from error
-    command = [*compiler(), *FLAGS, TORCH_TARGET, f'-I{root / "include"}']
-    sources = sorted(SOURCES.glob('*.cpp'))
+        raise _unwritable(folder, error, kind) from error
     with tempfile.TemporaryDirectory() as scratch:
-        objects = [Path(scratch, f'{source.stem}.o') for source in sources]
-        steps = [[*command, '-c', str(s), '-o', str(o)] for s, o in zip(sources, objects, strict=True)]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_run, steps))
-        library = Path(scratch, library_name())
-        # torch is in the process already when the library is loaded; its name alone is needed.
-        _run([*compiler(), '-shared', *map(str, objects), '-o', str(library), f'-L{root / "lib"}', '-ltorch_cpu'])
-        _install(library, folder)
-    return folder / library_name()
+        library = Path(scratch, library_name(kind))
+        compile_library(library, kind)
+        _install(library, folder, kind)
+    return folder / library_name(kind)
+
+
+def compile_library(library: Path, kind: str) -> None:
+    """Compile and link ``library``; what the compilers leave behind lies beside it.
+
+    Raises:
+        RuntimeError: It did not compile, with the compiler's message.
+    """
+    root = _torch_folder()
+    compile_cpp, link = [*compiler(), *FLAGS, TORCH_TARGET, f'-I{root / "include"}'], [*compiler(), '-shared']
+    compile_cu = link_cuda = list[str]()
+    if kind == 'cuda':
+        # nvcc brings CUDA's runtime into the library, which then needs no other; -ccbin takes one word.
+        host = ['-allow-unsupported-compiler', *(['-ccbin', compiler()[0]] if len(compiler()) == 1 else [])]
+        compile_cu, link = [nvcc(), *NVCC_FLAGS, *host, *architectures()], [nvcc(), '-shared', *host]
+        # Where torch has no CUDA, as in tests, the library lacks the one function of torch_cuda that it calls.
+        link_cuda = ['-ltorch_cuda'] if (root / 'lib' / 'libtorch_cuda.so').exists() else []
+    sources = sorted(f for f in (CUDA_SOURCES if kind == 'cuda' else SOURCES).iterdir() if f.suffix in ('.cpp', '.cu'))
+    objects = [library.with_name(f'{source.stem}.o') for source in sources]
+    steps = [
+        [*(compile_cu if source.suffix == '.cu' else compile_cpp), '-c', str(source), '-o', str(target)]
+        for source, target in zip(sources, objects, strict=True)
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(functools.partial(_run, kind), steps))
+    # torch is in the process already when the library is loaded; its name alone is needed.
+    _run(kind, [*link, *map(str, objects), '-o', str(library), f'-L{root / "lib"}', '-ltorch_cpu', *link_cuda])
+
+
+def _title(kind: str) -> str:
+    return kind.upper()
 
 
 def _torch_folder() -> Path:
@@ -115,11 +208,11 @@ def _torch_folder() -> Path:
     """
     spec = importlib.util.find_spec('torch')
     if spec is None or spec.origin is None:
-        raise RuntimeError('The CPU kernels cannot be built: the files of torch are missing; install torch again.')
+        raise RuntimeError('The kernels cannot be built: the files of torch are missing; install torch again.')
     return Path(spec.origin).parent
 
 
-def _install(library: Path, folder: Path) -> None:
+def _install(library: Path, folder: Path, kind: str) -> None:
     """Put the library into ``folder`` whole or not at all; if that is the package, those of other sources go."""
     partial = folder / f'{library.name}.{os.getpid()}.partial'
     try:
@@ -127,44 +220,50 @@ def _install(library: Path, folder: Path) -> None:
         partial.replace(folder / library.name)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise _unwritable(folder, error) from error
+        raise _unwritable(folder, error, kind) from error
     if not folder.samefile(HERE):
         return  # the user's cache is shared with other versions of this package
-    for stale in folder.glob(f'mmuni_cpu-*-{platform.machine()}.so'):
-        if stale.name != library_name():
+    for stale in folder.glob(f'mmuni_{kind}-*-{platform.machine()}.so'):
+        if stale.name != library_name(kind):
             stale.unlink(missing_ok=True)
 
 
-def _unwritable(folder: Path, error: OSError) -> RuntimeError:
+def _unwritable(folder: Path, error: OSError, kind: str) -> RuntimeError:
     advice = ' XDG_CACHE_HOME can name another folder.' if folder == cache_folder() else ''
-    return RuntimeError(f'The CPU kernels cannot be written to {folder}: {error}.{advice}')
+    return RuntimeError(f'The {_title(kind)} kernels cannot be written to {folder}: {error}.{advice}')
 
 
-def _run(command: list[str]) -> None:
+def _run(kind: str, command: list[str]) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
-        raise RuntimeError(f'The CPU kernels did not compile.\n{shlex.join(command)}\n{done.stdout}')
+        raise RuntimeError(f'The {_title(kind)} kernels did not compile.\n{shlex.join(command)}\n{done.stdout}')
 
 
 def main() -> None:
-    """Build the library unless it is there."""
+    """Build the libraries unless they are there."""
     parser = argparse.ArgumentParser(
-        prog='python -m mmunireplknet.ops.build', description='Build the compiled CPU kernels of mmunireplknet.'
+        prog='python -m mmunireplknet.ops.build', description='Build the compiled kernels of mmunireplknet.'
     )
-    parser.add_argument('--force', action='store_true', help='build even if the library is there')
+    parser.add_argument('--force', action='store_true', help='build even what is there')
+    parser.add_argument(
+        '--kernels', choices=KINDS, help='only these; by default those for the CPU, and those for CUDA where that works'
+    )
     args = parser.parse_args()
-    start = time.monotonic()
-    try:
-        file = library_file()
-        if file and not args.force:
-            sys.stdout.write(f'{file} is up to date\n')
-            return
-        file = build()
-    except RuntimeError as error:
-        sys.exit(str(error))
-    except OSError as error:  # no folder for temporary files, for instance
-        sys.exit(f'The CPU kernels cannot be built: {error}.')
-    sys.stdout.write(f'{file} built in {time.monotonic() - start:.0f} s\n')
+    for kind in [args.kernels] if args.kernels else KINDS:
+        start = time.monotonic()
+        try:
+            if kind == 'cuda' and not args.kernels and why_not(kind):
+                continue
+            file = library_file(kind)
+            if file and not args.force:
+                sys.stdout.write(f'{file} is up to date\n')
+                continue
+            file = build(kind=kind)
+        except RuntimeError as error:
+            sys.exit(str(error))
+        except OSError as error:  # no folder for temporary files, for instance
+            sys.exit(f'The {_title(kind)} kernels cannot be built: {error}.')
+        sys.stdout.write(f'{file} built in {time.monotonic() - start:.0f} s\n')
 
 
 if __name__ == '__main__':

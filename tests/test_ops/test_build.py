@@ -60,8 +60,9 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of the sources in a package without a library, and an empty cache."""
+    """A copy of the CPU sources in a package without a library, an empty cache, and no nvcc."""
     here = tmp_path / 'ops'
+    monkeypatch.setattr(build, 'nvcc', lambda: '')
     shutil.copytree(build.SOURCES, here / 'csrc' / 'cpu')
     monkeypatch.setattr(build, 'HERE', here)
     monkeypatch.setattr(build, 'SOURCES', here / 'csrc' / 'cpu')

@@ -101,9 +101,9 @@ def test_wheel_without_kernels_is_pure_python(source: Path, tmp_path: Path) -> N
     made, _ = wheels(source, tmp_path, MMUNI_WITH_OPS='0')
     assert set(made) == {PURE}
     assert built(made[PURE]) == []
-    sources = {f'{OPS}/csrc/cpu/{file.name}' for file in (source / OPS / 'csrc/cpu').iterdir()}
+    sources = {str(file.relative_to(source)) for file in (source / OPS / 'csrc').glob('*/*')}
     assert {name for name in made[PURE] if '/csrc/' in name} == sources
-    assert {Path(name).suffix for name in sources} >= {'.cpp', '.h', '.inc'}
+    assert {Path(name).suffix for name in sources} >= {'.cpp', '.h', '.inc', '.cu', '.cuh'}
 
 
 @compiles
@@ -122,7 +122,7 @@ def test_wheel_holds_the_fresh_library_alone(stub: Path, tmp_path: Path, wish: s
 def test_source_archive_has_the_sources_of_the_kernels_and_nothing_built(source: Path, tmp_path: Path) -> None:
     with tarfile.open(hook('build_sdist', source, tmp_path / 'out')) as archive:
         names = {name.partition('/')[2] for name in archive.getnames()}
-    assert {f'{OPS}/csrc/cpu/{file.name}' for file in (source / OPS / 'csrc/cpu').iterdir()} <= names
+    assert {str(file.relative_to(source)) for file in (source / OPS / 'csrc').glob('*/*')} <= names
     assert built(names) == []
 
 
@@ -159,6 +159,52 @@ def test_kernels_that_do_not_compile_stop_the_build_where_they_are_required(stub
     assert built(made[PURE]) == []
     (line,) = (line for line in printed.splitlines() if 'pure Python' in line)
     assert 'did not compile' in line
+
+
+NVCC = """#!/bin/sh
+case "$*" in *--version*) echo 'Cuda compilation tools, release 13.5, V13.5.1'; exit;; esac
+{then}
+"""
+
+
+def with_nvcc(stub: Path, folder: Path, then: str) -> dict[str, str]:
+    """Variables of an environment with a torch for CUDA, and an nvcc that does ``then``; gives the tree a kernel."""
+    (stub / OPS / 'csrc/cuda').mkdir()
+    (stub / OPS / 'csrc/cuda/stub.cu').write_text(STUB)
+    torch = folder / 'site/torch'
+    (torch / 'lib').mkdir(parents=True)
+    (torch / '__init__.py').touch()
+    (torch / 'version.py').write_text("cuda: Optional[str] = '13.0'")
+    (torch / 'lib/libtorch_cpu.so').symlink_to(Path(sys.modules['torch'].__file__).parent / 'lib/libtorch_cpu.so')
+    (folder / 'home/bin').mkdir(parents=True)
+    (folder / 'home/bin/nvcc').write_text(NVCC.format(then=then))
+    (folder / 'home/bin/nvcc').chmod(0o755)
+    return {'PYTHONPATH': str(torch.parent), 'CUDA_HOME': str(folder / 'home')}
+
+
+@compiles
+@pytest.mark.slow
+def test_wheel_holds_the_cuda_kernels_where_there_is_nvcc(stub: Path, tmp_path: Path) -> None:
+    then = 'while [ "$1" != -o ]; do shift; done; echo made > "$2"'
+    made, _ = wheels(stub, tmp_path / 'out', MMUNI_WITH_OPS='1', **with_nvcc(stub, tmp_path, then))
+    ((_, files),) = made.items()
+    libraries = sorted(Path(name).name.partition('-')[0] for name in built(files))
+    assert libraries == ['mmuni_cpu', 'mmuni_cuda']
+
+
+@compiles
+@pytest.mark.slow
+def test_cuda_kernels_that_do_not_compile_stop_the_build_where_they_are_required(stub: Path, tmp_path: Path) -> None:
+    broken = with_nvcc(stub, tmp_path, 'echo "stub.cu(1): error: broken on purpose"; exit 2')
+    made, printed = wheels(stub, tmp_path / 'required', MMUNI_WITH_OPS='1', **broken)
+    assert made == {}
+    assert re.search(r'^error: MMUNI_WITH_OPS=1: The CUDA kernels did not compile', printed, re.MULTILINE)
+    assert 'stub.cu(1): error: broken on purpose' in printed
+    made, printed = wheels(stub, tmp_path / 'auto', MMUNI_WITH_OPS='auto', **broken)
+    ((_, files),) = made.items()
+    assert [Path(name).name.partition('-')[0] for name in built(files)] == ['mmuni_cpu']
+    (line,) = (line for line in printed.splitlines() if 'without CUDA kernels' in line)
+    assert 'The CUDA kernels did not compile' in line
 
 
 @compiles

@@ -1,0 +1,151 @@
+"""The CUDA library as it is built, without a GPU: what its machine code needs and is made of, and who can load it."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmunireplknet.ops import build
+
+ARCHITECTURES = ('sm_80', 'sm_90')
+# Kernels by their types (Half, BFloat, float) and sizes; a block has 256 threads at most, a GPU's has 65536 registers.
+FORWARD = {
+    f'forward_kernel<{t}, {p}, {k}, false>' for t in ('Half', 'BFloat') for p, k in ((3, 0), (3, 7), (3, 13), (5, 0))
+}
+FORWARD_SINGLE = {f'forward_kernel<float, {p}, 0, {exact}>' for p in (3, 5) for exact in ('false', 'true')}
+WEIGHT_GRAD = {f'weight_grad_kernel<{t}, {p}, false>' for t in ('Half', 'BFloat') for p in (3, 5)}
+WEIGHT_GRAD_SINGLE = {f'weight_grad_kernel<float, {p}, {exact}>' for p in (3, 5) for exact in ('false', 'true')}
+KERNELS = FORWARD | FORWARD_SINGLE | WEIGHT_GRAD | WEIGHT_GRAD_SINGLE | {'sums_kernel<128>'}
+
+
+def tool(name: str) -> str:
+    """A program of the CUDA toolkit, or that which triton brings along; empty for none."""
+    spec = importlib.util.find_spec('triton')
+    bundled = Path(spec.origin).parent / 'backends/nvidia/bin' / name if spec and spec.origin else None
+    return str(bundled) if bundled and bundled.exists() else shutil.which(name) or ''
+
+
+def why_not() -> str:
+    if reason := build.why_not():
+        return reason
+    if not build.nvcc():
+        return 'there is no nvcc (pip install -r requirements/dev.txt)'
+    return (
+        '' if tool('cuobjdump') and shutil.which('c++filt') else 'there is no cuobjdump (triton has it) or no c++filt'
+    )
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not())]
+
+
+@pytest.fixture(scope='module')
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All kernels for all architectures, though torch has no CUDA here. The objects are beside it."""
+    file = tmp_path_factory.mktemp('cuda') / 'mmuni_cuda.so'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv('TORCH_CUDA_ARCH_LIST', raising=False)
+        build.compile_library(file, 'cuda')
+    return file
+
+
+def dump(*arguments: object) -> str:
+    command = [tool('cuobjdump'), *map(str, arguments)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    text = subprocess.run(['c++filt'], input=text, check=True, capture_output=True, text=True).stdout
+    return text.replace('mmuni::', '')
+
+
+def resources(library: Path) -> dict[tuple[str, str], dict[str, int]]:
+    """Of each kernel on each architecture."""
+    found, architecture = {}, ''
+    lines = iter(dump('-res-usage', library).splitlines())
+    for line in lines:
+        if named := re.search(r'^arch = (\w+)', line):
+            architecture = named[1]
+        elif named := re.search(r'Function (?:void )?(\w+<.*?>)\(', line):
+            found[architecture, named[1]] = {k: int(v) for k, v in re.findall(r'(\w+):(\d+)', next(lines))}
+    return found
+
+
+def test_every_kernel_is_there_and_spills_nothing(library: Path) -> None:
+    found = resources(library)
+    assert set(found) == {(architecture, kernel) for architecture in ARCHITECTURES for kernel in KERNELS}
+    for (architecture, kernel), needs in found.items():
+        where = f'{kernel} on {architecture}: {needs}'
+        assert (needs['STACK'], needs['LOCAL']) == (0, 0), where
+        # Two blocks of 256 threads side by side, or one of those that keep most in registers.
+        alone = 'weight_grad' in kernel or ', 13, ' in kernel
+        assert needs['REG'] <= (192 if alone else 128), where
+        assert needs['SHARED'] <= 1024, where  # what sm_90 keeps for itself; the rest is asked for at the launch
+
+
+def test_later_gpus_get_ptx(library: Path) -> None:
+    assert dump('-ptx', library).count('.target sm_90') > 0
+
+
+def instructions(library: Path, name: str, kernel: str, architecture: str) -> list[tuple[int, str, str]]:
+    """Address, name and operands of the machine code of a kernel."""
+    text = dump('-sass', '-arch', architecture, library.with_name(f'{name}.o'))
+    (body,) = (part for part in text.split('Function : ')[1:] if kernel in part.partition('(')[0])
+    found = re.findall(r'/\*([0-9a-f]{4,})\*/\s+(?:@\S+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);', body)
+    return [(int(address, 16), name, operands) for address, name, operands in found]
+
+
+def between_products(code: list[tuple[int, str, str]]) -> Counter[str]:
+    """What stands from the first product to the last: the loop over the kernel, which is unrolled."""
+    at = [address for address, name, _ in code if name.startswith('HMMA')]
+    return Counter(name.partition('.')[0] for address, name, _ in code if at[0] <= address <= at[-1])
+
+
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+@pytest.mark.parametrize(('kernel', 'most'), [(7, 90), (13, 165)])
+def test_fragments_of_the_weights_stay_in_registers(library: Path, kernel: int, most: int, architecture: str) -> None:
+    """Per 16x32 outputs of a warp 8 products a row and 3 loads of inputs, and little besides."""
+    code = instructions(library, 'forward_bfloat', f'forward_kernel<BFloat, 3, {kernel}, false>', architecture)
+    counts = between_products(code)
+    assert counts['HMMA'] == 8 * kernel
+    assert counts['LDS'] == 0
+    assert sum(name.startswith('LDSM') for _, name, _ in code) == 3 * kernel
+    assert counts.total() <= most
+    kinds = Counter(name for _, name, _ in code if name.startswith('HMMA'))
+    assert kinds == {'HMMA.16816.F32.BF16': 4 * kernel, 'HMMA.1688.F32.BF16': 4 * kernel}
+
+
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_tiles_are_copied_asynchronously(library: Path, architecture: str) -> None:
+    for name, kernel in (
+        ('forward_half', 'forward_kernel<Half, 3, 13, false>'),
+        ('weight_grad_half', 'weight_grad_kernel<Half, 3, false>'),
+    ):
+        code = instructions(library, name, kernel, architecture)
+        assert {'LDGSTS.E.BYPASS.128', 'LDGDEPBAR'} <= {re.sub(r'(\.LTC\w+|\.ZFILL)', '', name) for _, name, _ in code}
+        assert not [name for _, name, _ in code if name.startswith(('ATOM', 'RED', 'STL', 'LDL'))]
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason='this torch has CUDA')
+def test_a_torch_without_cuda_refuses_it_and_lives_on(library: Path) -> None:
+    code = """if True:
+        import sys, torch
+        from pathlib import Path
+        from mmunireplknet.ops import build, cuda
+        print(cuda.why_not())
+        torch.version.cuda = '13.0'
+        build.library_file = lambda kind: Path(sys.argv[1])
+        cuda.why_not.cache_clear()
+        print(cuda.why_not())
+        print(float(torch.ones(2).sum()))
+    """
+    done = subprocess.run([sys.executable, '-c', code, str(library)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    needs_cuda, undefined, lives = done.stdout.splitlines()
+    assert 'need a torch for CUDA' in needs_cuda
+    assert re.search(r'mmuni_cuda\.so does not work: .*undefined symbol: aoti_torch_get_current_cuda_stream', undefined)
+    assert lives == '2.0'

@@ -1,0 +1,254 @@
+"""The CUDA kernels that are shipped, with their plans and the Python around them, run on the CPU against float64.
+
+``cuda_emulation`` says what is checked besides the results. What it cannot show: how the compiler for GPUs translates
+the kernels, and how fast they are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmunireplknet.ops import build, cuda, reference
+
+from ..procedural import relative_error
+from .cases import TOLERANCE
+from .cuda_emulation import SOURCES, Emulation, compile_emulation
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not build.compiler(), reason='there is no C++ compiler')]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+# Widths that are copied 16, 8, 4 and 2 bytes at a time; one, two and three tiles either way; less than the kernel.
+SIZES = ((1, 1), (2, 5), (7, 16), (9, 36), (20, 37), (16, 64), (33, 42), (70, 24))
+TF32 = (2e-3, 2e-3)
+
+
+class Case(NamedTuple):
+    """One map, its kernel and what is asked for."""
+
+    dtype: torch.dtype
+    kernel: int
+    dilation: int
+    size: tuple[int, int]
+    batch: int
+    channels: int
+    layout: torch.memory_format
+    out_layout: torch.memory_format | None
+    weight_dtype: torch.dtype
+    biased: bool
+    flipped: bool
+    tf32: bool
+
+    @property
+    def work(self) -> int:
+        """What takes the machine its time: the products, in steps of a warp."""
+        tiles = self.batch * self.channels * -(-self.size[0] // 16) * -(-self.size[1] // 32)
+        pieces = 5 if (self.kernel - 1) * self.dilation > 16 else 3
+        return tiles * self.kernel * pieces * (1 if self.dtype.itemsize == 2 else 2 if self.tf32 else 4)
+
+
+def draw(dtype: torch.dtype, kernel: int, count: int, most_work: int) -> Iterator[Case]:
+    """Always the same; each with another size."""
+    rng = random.Random(f'{dtype} {kernel}')
+    for size in rng.sample(SIZES, count):
+        while True:
+            case = Case(
+                dtype, kernel, rng.randrange(1, max(2, 30 // (kernel - 1) + 1)), size, rng.choice((1, 2, 3)),
+                rng.choice((1, 2, 5, 8, 16)), rng.choice(LAYOUTS), rng.choice((*LAYOUTS, None)), rng.choice(DTYPES),
+                rng.random() < 0.7, rng.random() < 0.5, dtype == torch.float32 and rng.random() < 0.3,
+            )  # fmt: skip
+            if case.work <= most_work:
+                yield case
+                break
+
+
+def tensors(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Input, gradient of the output, weight and bias."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (
+        torch.randn(case.batch, case.channels, *case.size, generator=generator)
+        .to(case.dtype)
+        .contiguous(memory_format=case.layout)
+        for _ in range(2)
+    )
+    weight = torch.randn(case.channels, 1, case.kernel, case.kernel, generator=generator).to(case.weight_dtype)
+    return x, grad, weight, torch.randn(case.channels, generator=generator) if case.biased else None
+
+
+@pytest.fixture(scope='module')
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulation]:
+    """The operators of operators.cpp, by its schema, with kernels that run on the CPU."""
+    emulation = Emulation(compile_emulation(tmp_path_factory.mktemp('emulation'), 'emulate'))
+    text = re.sub(r'"\s*"', '', (SOURCES / 'operators.cpp').read_text())
+    schemas = re.findall(r'm\.def\(\s*"([^"]+)"', text)
+    assert [schema.partition('(')[0] for schema in schemas] == ['forward', 'weight_grad']
+    library = torch.library.Library('mmuni_cuda', 'DEF')
+    for schema in schemas:
+        library.define(schema)
+    library.impl('forward', emulation.forward, 'CPU')
+    library.impl('weight_grad', emulation.weight_grad, 'CPU')
+    yield emulation
+    library._destroy()
+
+
+@pytest.fixture(autouse=True)
+def _state() -> Iterator[None]:
+    """Always the same order of threads, and float32 that is."""
+    random.seed(0)
+    before = torch.backends.cudnn.conv.fp32_precision
+    set_tf32(False)
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+def set_tf32(allowed: bool) -> None:
+    torch.backends.cudnn.conv.fp32_precision = 'tf32' if allowed else 'ieee'
+
+
+def tolerance(case: Case) -> tuple[float, float]:
+    return TF32 if case.tf32 else TOLERANCE[case.dtype]
+
+
+def check_forward(case: Case) -> None:
+    x, _, weight, bias = tensors(case)
+    set_tf32(case.tf32)
+    out, sums = cuda.forward(x, weight, bias, case.dilation, case.flipped, pooled=True, layout=case.out_layout)
+    wide = weight.to(case.dtype).double()
+    exact = reference.convolve(
+        x.double(), wide.flip(2, 3) if case.flipped else wide, None if bias is None else bias.double(), case.dilation
+    )
+    assert out.dtype == x.dtype
+    assert out.is_contiguous(memory_format=case.layout if case.out_layout is None else case.out_layout)
+    assert relative_error(out, exact) < tolerance(case)[0]
+    # Of the numbers before they are rounded, but where they cancel.
+    limit = (TF32 if case.tf32 else TOLERANCE[torch.float32])[1]
+    assert float((sums - exact.sum((2, 3))).norm() / exact.abs().sum((2, 3)).norm()) < limit
+
+
+def check_weight_grad(case: Case) -> None:
+    x, grad, _, _ = tensors(case)
+    set_tf32(case.tf32)
+    out = cuda.weight_grad(x, grad, case.kernel, case.dilation)
+    exact = reference.weight_grad(x.double(), grad.double(), case.kernel, case.dilation)
+    assert out.dtype == torch.float32
+    assert relative_error(out, exact) < (TF32 if case.tf32 else TOLERANCE[torch.float32])[1]
+    assert torch.equal(out, cuda.weight_grad(x, grad, case.kernel, case.dilation))  # in another order of threads
+
+
+@pytest.mark.parametrize('kernel', [3, 5, 7, 13, 17, 31])
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+def test_forward(emulation: Emulation, dtype: torch.dtype, kernel: int) -> None:
+    for i, case in enumerate(draw(dtype, kernel, 5, 4000)):
+        emulation.processors = i % 3
+        check_forward(case)
+
+
+@pytest.mark.parametrize('kernel', [3, 7, 13, 31])
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+def test_weight_grad(emulation: Emulation, dtype: torch.dtype, kernel: int) -> None:
+    for i, case in enumerate(draw(dtype, kernel, 4, 2000)):
+        emulation.processors = i % 3
+        check_weight_grad(case)
+
+
+def test_matrices_are_read_from_all_banks_at_once(emulation: Emulation) -> None:
+    before = emulation.library.conflicts()
+    for dtype, kernel, layout in itertools.product(DTYPES, (13, 31), LAYOUTS):
+        x = torch.randn(1, 2, 20, 40).to(dtype).contiguous(memory_format=layout)
+        cuda.forward(x, torch.randn(2, 1, kernel, kernel), None, 1)
+        cuda.weight_grad(x[:, :1], x[:, 1:], kernel, 1)
+    assert emulation.library.conflicts() == before
+
+
+@pytest.mark.parametrize(('width', 'bytes_at_once'), [(48, 16), (36, 8), (42, 4), (37, 0)])
+def test_rows_are_copied_by_as_many_bytes_as_are_aligned(emulation: Emulation, width: int, bytes_at_once: int) -> None:
+    """Of 16-bit numbers; those that are aligned by nothing are loaded one by one."""
+    count = emulation.library.copies
+    before = {size: count(size) for size in (4, 8, 16)}
+    x = torch.randn(1, 1, 6, width).half()
+    cuda.forward(x, torch.randn(1, 1, 5, 5), None, 1)
+    expected = {size: 6 * width * 2 // size if size == bytes_at_once else 0 for size in before}
+    tiles = -(-width // 32)
+    taken = {size: count(size) - before[size] for size in before}
+    assert {size: n > 0 for size, n in taken.items()} == {size: n > 0 for size, n in expected.items()}
+    assert expected.get(bytes_at_once, 0) <= taken.get(bytes_at_once, 0) <= tiles * expected.get(bytes_at_once, 0)
+
+
+def test_maps_of_any_strides(emulation: Emulation) -> None:
+    """Half the planes of a map, rows that are not aligned, one pixel in two, and a map of a single column."""
+    whole = torch.randn(2, 6, 11, 26, generator=torch.Generator().manual_seed(0)).half()
+    weight = torch.randn(3, 1, 5, 5, generator=torch.Generator().manual_seed(1))
+    for x in (whole[:, 3:], whole[:, ::2], whole[:, :3, :, 1:25], whole[:, :3, ::2, ::2], whole[:, 3:, :, 7:8]):
+        out = torch.empty_like(x)
+        emulation.forward(x, weight, None, out, None, 5, 1, False, False)
+        assert relative_error(out, reference.convolve(x.double(), weight.half().double(), None, 1)) < 5e-4
+        assert relative_error(cuda.forward(x, weight, None, 1), out.double()) < 1e-6
+        grad = torch.empty(3, 1, 5, 5)
+        emulation.weight_grad(x, x, grad, 5, 1, False)
+        assert relative_error(grad, reference.weight_grad(x.double(), x.double(), 5, 1)) < 1e-5
+
+
+def test_images_that_are_far_apart(emulation: Emulation) -> None:
+    """More than 2**31 elements; what lies between takes no memory."""
+    near = torch.randn(2, 1, 9, 40, generator=torch.Generator().manual_seed(0)).half()
+    far = [
+        torch.empty(2**31 + 1024, dtype=torch.float16).as_strided(near.shape, (2**31 + 64, 360, 40, 1)) for _ in '12'
+    ]
+    x, out = far
+    x.copy_(near)
+    weight, grad = torch.randn(1, 1, 7, 7, generator=torch.Generator().manual_seed(1)), torch.empty(1, 1, 7, 7)
+    emulation.forward(x, weight, None, out, None, 7, 1, False, False)
+    assert relative_error(out, reference.convolve(near.double(), weight.half().double(), None, 1)) < 5e-4
+    emulation.weight_grad(x, out, grad, 7, 1, False)
+    assert relative_error(grad, reference.weight_grad(near.double(), out.double(), 7, 1)) < 1e-5
+
+
+def test_numbers_that_are_not_finite_stay_so(emulation: Emulation) -> None:
+    """Within the kernel they reach what they reach in torch; outside of the 39 columns nothing changes."""
+    for dtype in DTYPES:
+        x = torch.ones(1, 1, 9, 64).to(dtype)
+        x[0, 0, 4, 20] = torch.nan
+        out = cuda.forward(x, torch.ones(1, 1, 3, 3), None, 1)
+        assert out[0, 0, 3:6, 19:22].isnan().all()
+        assert out[0, 0, :3].isfinite().all()
+        assert out[0, 0, 6:].isfinite().all()
+        assert out[0, 0, :, 40:].isfinite().all()
+
+
+def test_weights_in_double_precision(emulation: Emulation) -> None:
+    x, weight = torch.randn(1, 2, 5, 6), torch.randn(2, 1, 3, 3, dtype=torch.float64)
+    out = cuda.forward(x, weight, torch.ones(2, dtype=torch.float64), 1)
+    assert relative_error(out, reference.convolve(x.double(), weight, torch.ones(2).double(), 1)) < 3e-6
+
+
+BARRIERS = (
+    ('forward.cuh', '    __syncthreads();\n    now ^= job.stages - 1;'),
+    ('weight_grad.cuh', '    __syncthreads();\n    const uint32_t x_tile'),
+)
+
+
+def test_barriers_that_are_missing_are_seen(tmp_path: Path) -> None:
+    """Whether or not it would change the result."""
+    broken = tmp_path / 'cuda'
+    shutil.copytree(SOURCES, broken)
+    for file, lines in BARRIERS:
+        text = (broken / file).read_text()
+        assert text.count(lines) == 1
+        (broken / file).write_text(text.replace(lines, lines.replace('    __syncthreads();\n', '')))
+    emulation = Emulation(compile_emulation(tmp_path, 'emulate', broken))
+    x, weight = torch.randn(3, 1, 20, 40).half(), torch.randn(1, 1, 13, 13)
+    message = r'race|while a copy to it is under way|never written'
+    with pytest.raises(RuntimeError, match=message):
+        emulation.forward(x, weight, None, torch.empty_like(x), None, 13, 1, False, False)
+    with pytest.raises(RuntimeError, match=message):
+        emulation.weight_grad(x, x, torch.empty_like(weight), 13, 1, False)
