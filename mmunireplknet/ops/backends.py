@@ -134,9 +134,8 @@ def _is_interpreted(backend: str) -> bool:
 def _check_on_gpu(backend: str, device: torch.device) -> str:
     capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
     if capability < OLDEST:
-        return (
-            f'{name} has compute capability {".".join(map(str, capability))}: the kernels take 8.0 (Ampere) or newer.'
-        )
+        found = '.'.join(map(str, capability))
+        return f'{name} has compute capability {found}; the kernels take 8.0 (Ampere) or newer.'
     try:
         problem = self_check(backend, module_of(backend), device)
     except Exception as error:  # of triton's compiler, of the driver: whatever it is, torch computes without it

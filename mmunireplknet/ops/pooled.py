@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import backends
-from .depthwise import _check, _count_flops, _library, _size_of_kernel, _tags
+from .depthwise import _check, _library, _size_of_kernel, _tags
 
 __all__ = ['depthwise_conv2d_pooled']
 
@@ -98,4 +98,9 @@ def _register_autocast(device: str, key: torch._C.DispatchKey) -> None:
 
 _register_autocast('cpu', torch._C.DispatchKey.AutocastCPU)
 _register_autocast('cuda', torch._C.DispatchKey.AutocastCUDA)
-register_flop_formula(torch.ops.mmuni.depthwise_conv2d_pooled)(_count_flops)
+
+
+@register_flop_formula(torch.ops.mmuni.depthwise_conv2d_pooled)
+def _count_flops(x_shape: Any, weight_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    n, c, h, w = x_shape
+    return 2 * n * c * h * w * weight_shape[-1] ** 2
