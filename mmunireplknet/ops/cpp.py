@@ -69,10 +69,10 @@ def block_forward(
 
 
 def block_stats(
-    x: Tensor, weight: Tensor, kernel: list[int], dilation: list[int], eps: list[float]
+    x: Tensor, weight: Tensor, branches: int, kernel: list[int], dilation: list[int], eps: list[float]
 ) -> tuple[Tensor, Tensor]:
     """As ``mmuni::dilated_reparam_stats``: mean and variance of the outputs of the branches."""
-    mean, var = (weight.new_empty(len(kernel), x.shape[1]) for _ in range(2))  # operators return no views of one tensor
+    mean, var = (weight.new_empty(branches, x.shape[1]) for _ in range(2))  # operators return no views of one tensor
     one = torch.ones_like(mean)
     torch.ops.mmuni_cpu.block_forward(x, kernel, dilation, eps, weight, one, mean[0], mean, var, None)
     return mean, var

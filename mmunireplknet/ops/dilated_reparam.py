@@ -257,7 +257,7 @@ def _stats(
             var[b], mean[b] = var_mean(z, [0, 2, 3])
         return mean, var
 
-    arguments = (x, weight, kernel, dilation, eps)
+    arguments = (x, weight, branches, kernel, dilation, eps)
     return backends.compute_block('block_stats', plain, backend, x, kernel, dilation, arguments)
 
 

@@ -69,8 +69,7 @@ class PoolingBackend(FakeBackend):
         def block(*args: Any) -> Any:
             self._call(name)
             operator = getattr(torch.ops.mmuni, name.replace('block', 'dilated_reparam'))
-            given = (*args[:2], len(args[2]), *args[2:]) if name == 'block_stats' else args
-            return operator(*given, 'torch')
+            return operator(*args, 'torch')
 
         return block
 
