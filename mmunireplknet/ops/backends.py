@@ -48,7 +48,7 @@ Result = TypeVar('Result')
 BACKENDS = ('torch', 'cpp', 'triton', 'cuda')
 ON_GPU = ('cuda', 'triton')  # in the order in which they are taken where nothing is timed
 OLDEST = (8, 0)  # compute capability: bfloat16 and TF32 in tensor cores, asynchronous copies
-_MODULES = {'triton': '.gpu', 'cuda': '.cuda'}
+_MODULES = {'triton': '.gpu.backend', 'cuda': '.cuda'}
 _checked: dict[tuple[str, int], str] = {}  # why not, by backend and GPU
 _warned: set[str] = set()
 
