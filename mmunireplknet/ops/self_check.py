@@ -38,13 +38,15 @@ def self_check(name: str, backend: Any, device: torch.device) -> str:
             error = float((mine.double().cpu() - exact).norm() / exact.norm())
             limit = _LIMITS[mine.dtype] if mine.dtype != torch.float32 or device.type == 'cpu' else _TF32
             if not error < limit:
-                where = f'{mine.dtype}, {_where(device)}'.removeprefix('torch.')
+                where = f'{mine.dtype}, {_where(name, device)}'.removeprefix('torch.')
                 return f'their {what} is off by {error:.1e} on this machine ({where}).'
     return ''
 
 
-def _where(device: torch.device) -> str:
-    return torch.ops.mmuni_cpu.capability() if device.type == 'cpu' else torch.cuda.get_device_name(device)
+def _where(name: str, device: torch.device) -> str:
+    if name == 'cpp':
+        return torch.ops.mmuni_cpu.capability()
+    return torch.cuda.get_device_name(device) if device.type == 'cuda' else name
 
 
 def _drawing(seed: int) -> functools.partial[Tensor]:

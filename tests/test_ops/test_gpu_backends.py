@@ -161,7 +161,7 @@ def spoilt(which: str, spoil: Callable[[Tensor], Tensor]) -> PoolingBackend:
     return backend
 
 
-def test_self_check_passes(cpp: object) -> None:
+def test_self_check_passes() -> None:
     backend = PoolingBackend()
     assert self_check('fake', backend, CPU) == ''
     assert set(backend.calls) == {'forward', 'input_grad', 'weight_grad', 'block_forward', 'block_backward', 'pooled'}
@@ -174,11 +174,11 @@ def test_self_check_passes(cpp: object) -> None:
     + [(f'block_forward {i}', 'block forward') for i in range(3)]
     + [(f'block_backward {i}', 'block backward') for i in range(4)],
 )
-def test_self_check_finds(which: str, said: str, spoil: Callable, cpp: object) -> None:
+def test_self_check_finds(which: str, said: str, spoil: Callable) -> None:
     assert f'their {said} is off by ' in self_check('fake', spoilt(which, spoil), CPU)
 
 
-def test_self_check_finds_wrong_sums(cpp: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_self_check_finds_wrong_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = PoolingBackend()
     right = backend.forward
 

@@ -25,6 +25,7 @@ from .cases import KERNELS
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')]
 DEVICE = 'cuda'
 OPS = torch.ops.mmuni
+HUGE = (3, 11, 8192, 8192)  # 2.2e9 values
 
 
 @pytest.fixture(params=['triton', 'cuda', 'auto'])
@@ -195,12 +196,11 @@ def test_another_gpu(backend: str) -> None:
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 def test_more_values_than_32_bits_count(backend: str, layout: torch.memory_format) -> None:
-    """2.2e9 values: the last image and channel come out as by themselves."""
-    shape = (3, 11, 8192, 8192)
+    """The last image and channel come out as by themselves."""
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
         pytest.skip('needs 24 GiB')
-    x = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE, memory_format=layout).normal_()
-    weight = image((11, 1, 7, 7)).to(DEVICE)
+    x = torch.empty(HUGE, dtype=torch.bfloat16, device=DEVICE, memory_format=layout).normal_()
+    weight = image((HUGE[1], 1, 7, 7)).to(DEVICE)
     corner = x[-1:, -1:, -40:, -40:].contiguous()
     y = depthwise_conv2d(x, weight, None, 1, backend)[-1:, -1:, -30:, -30:].clone()
     exact = F.conv2d(F.pad(corner, (0, 3, 0, 3)).double(), weight[-1:].bfloat16().double())[..., -30:, -30:]
@@ -237,7 +237,7 @@ def test_distributed(backend: str, nccl: None, monkeypatch: pytest.MonkeyPatch) 
     x = image((2, 3, 64, 96)).to(DEVICE)
     loss = lambda outs: sum((o * image(o.shape, 3).to(DEVICE)).sum() for o in outs)  # noqa: E731
     expected = torch.autograd.grad(loss(model(x)), list(model.parameters()), allow_unused=True)
-    parallel = torch.nn.parallel.DistributedDataParallel(model, device_ids=[0])
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
     loss(parallel(x)).backward()
     pairs = [(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True) if g is not None]
     pairs = [(mine, right) for mine, right in pairs if right.norm() > 1e-3]
