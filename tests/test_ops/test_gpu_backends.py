@@ -266,14 +266,14 @@ def test_the_block_by_branch_in_16_bits(gpu: FakeGPU, dtype: torch.dtype, monkey
     from mmunireplknet.ops import dilated_reparam
 
     dtypes: list[torch.dtype] = []
-    weight_grad = reference.weight_grad
+    input_grad = reference.input_grad
 
-    def spy(x: Tensor, grad: Tensor, *rest: int) -> Tensor:
-        dtypes.extend((x.dtype, grad.dtype))
-        return weight_grad(x, grad, *rest)
+    def spy(grad: Tensor, weight: Tensor, dilation: int) -> Tensor:
+        dtypes.append(grad.dtype)
+        return input_grad(grad, weight, dilation)
 
     monkeypatch.setattr(dilated_reparam, '_widen', lambda x: x)
-    monkeypatch.setattr(reference, 'weight_grad', spy)
+    monkeypatch.setattr(reference, 'input_grad', spy)
     monkeypatch.setenv('MMUNI_DW_BACKEND', 'torch')
     found = block_errors(Case('7', (9, 10), 4, dtype=dtype))
     unit = torch.finfo(dtype).eps
