@@ -16,7 +16,8 @@ from ..models.unireplknet import UniRepLKNet
 from ..ops import DepthwiseConv2d, depthwise_conv2d
 
 __all__ = [
-    'DIRECTIONS', 'LAYOUTS', 'Contender', 'block_training', 'by_backend', 'by_torch', 'convnext_forward',
+    'DIRECTIONS', 'LAYOUTS', 'Contender', 'block_training', 'build_convnext', 'by_backend', 'by_torch',
+    'convnext_forward',
     'convnext_training', 'depthwise', 'growth', 'training',
 ]  # fmt: skip
 
@@ -165,7 +166,7 @@ def convnext_training(arch: str, shape: Shape, convnext: str) -> dict[str, Conte
     ours = UniRepLKNet(arch, channels_last=True)
     return {
         'ours': _train(ours, _image(shape), _kernels(ours, *BLOCK_KERNELS)),
-        **{f'ConvNeXt {layout}': _train(_convnext(convnext, layout), _image(shape, layout)) for layout in LAYOUTS},
+        **{f'ConvNeXt {layout}': _train(build_convnext(convnext, layout), _image(shape, layout)) for layout in LAYOUTS},
     }
 
 
@@ -177,7 +178,7 @@ def _kernels(model: UniRepLKNet, *of_large_kernels: str) -> dict[str, int]:
 
 def convnext_forward(arch: str, shape: Shape, convnext: str) -> dict[str, Contender]:
     """Features of a backbone in deploy form, 'ours', and of a ConvNeXt of mmpretrain in either layout."""
-    others = {layout: _infer(_convnext(convnext, layout), _image(shape, layout)) for layout in LAYOUTS}
+    others = {layout: _infer(build_convnext(convnext, layout), _image(shape, layout)) for layout in LAYOUTS}
     return {'ours': _deployed(arch, shape), **{f'ConvNeXt {layout}': Contender(run) for layout, run in others.items()}}
 
 
@@ -215,7 +216,8 @@ def _infer(model: nn.Module, x: Tensor) -> Callable[[], object]:
     return run
 
 
-def _convnext(arch: str, layout: str) -> nn.Module:
+def build_convnext(arch: str, layout: str) -> nn.Module:
+    """mmpretrain's ConvNeXt as a backbone of four maps, with its weights in ``layout``."""
     from mmpretrain.models import ConvNeXt
 
     return _laid_out(ConvNeXt(arch=arch, out_indices=(0, 1, 2, 3), gap_before_final_norm=False), layout)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ['Timing', 'gemm_rates', 'interleave', 'saved_bytes', 'thread_count']
+__all__ = ['Timing', 'gemm_rates', 'interleave', 'saved_bytes', 'summarise', 'thread_count']
 
 SAMPLE = 0.01  # seconds; what is quicker is repeated until a sample takes as long
 ROUNDS = (5, 30)  # least and most, unless they are given
@@ -79,7 +79,7 @@ def interleave(
         for name, timer in timers.items():
             if name not in slow or index < HOPELESS_ROUNDS:
                 samples[name].append(timer.timeit(calls[name]) / calls[name])
-    return {name: _summarise(values) for name, values in samples.items()}
+    return {name: summarise(values) for name, values in samples.items()}
 
 
 def _warm_up(timer: timeit.Timer) -> float:
@@ -88,7 +88,8 @@ def _warm_up(timer: timeit.Timer) -> float:
     return first if first > 0.5 else timer.timeit(1)
 
 
-def _summarise(seconds: list[float]) -> Timing:
+def summarise(seconds: list[float]) -> Timing:
+    """Median and quartiles of samples in seconds."""
     low, median, high = (1e3 * np.percentile(seconds, (25, 50, 75))).tolist()
     return Timing(median, low, high, len(seconds))
 

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from .. import compat
-from ..ops import backends, pointwise
+from ..ops import DepthwiseConv2d, backends, depthwise_conv2d_pooled, pointwise
 from .dilated_reparam import DilatedReparamBlock, build_norm, default_branches, depthwise_conv, with_weights
 from .layers import GRN, NCHWtoNHWC, NHWCtoNCHW, SEBlock
 from .norms import (
@@ -97,9 +97,10 @@ class UniRepLKNetBlock(BaseModule):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        if self.fused and not compat.needs_standard_operators() and self._is_fusible(x):
+        fused = self.fused and not compat.needs_standard_operators()
+        if fused and self._is_fusible(x):
             return self._forward_fused(x)
-        y = self.se(self.norm(self.dwconv(x)))
+        y = self._convolve_pooled(x) if fused and self._is_pooled(x) else self.se(self.norm(self.dwconv(x)))
         y = self.pwconv2(self.act(self.pwconv1(y)))
         if self.gamma is not None:
             y = y * self.gamma.view(1, -1, 1, 1)
@@ -117,6 +118,22 @@ class UniRepLKNetBlock(BaseModule):
         if is_watched() or any(is_hooked(layer) for layer in layers):
             return False
         return self.deploy or (is_plain_bn(self.norm) and is_plain_bn(self.pwconv2[2]))
+
+    def _is_pooled(self, x: Tensor) -> bool:
+        """Whether the convolution also sums its maps for the SE: on a GPU, in deploy form, nobody listening inside."""
+        if not self.deploy or not backends.is_on_gpu(x) or is_watched():
+            return False
+        types = type(self._convolution()), type(self.norm), type(self.se)
+        watched = (self.dwconv, self._convolution(), self.norm)
+        return types == (DepthwiseConv2d, nn.Identity, SEBlock) and not any(is_hooked(layer) for layer in watched)
+
+    def _convolution(self) -> nn.Module:
+        return self.dwconv.lk_origin if isinstance(self.dwconv, DilatedReparamBlock) else self.dwconv
+
+    def _convolve_pooled(self, x: Tensor) -> Tensor:
+        """``se(dwconv(x))`` in channels_last memory."""
+        conv = cast(DepthwiseConv2d, self._convolution())
+        return self.se(*depthwise_conv2d_pooled(x, conv.weight, conv.bias, conv.dilation[0], conv.backend))
 
     def _forward_fused(self, x: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype

@@ -88,8 +88,11 @@ class SEBlock(nn.Module):
         self.down = nn.Conv2d(dim, dim // reduction, 1)
         self.up = nn.Conv2d(dim // reduction, dim, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Scale the channels of ``x`` (N, C, H, W)."""
-        weight = F.adaptive_avg_pool2d(x, 1)
+    def forward(self, x: Tensor, sums: Tensor | None = None) -> Tensor:
+        """Scale the channels of ``x`` (N, C, H, W), whose ``sums`` over H and W, (N, C), may be known already."""
+        if sums is None:
+            weight = F.adaptive_avg_pool2d(x, 1)
+        else:
+            weight = (sums / (x.shape[2] * x.shape[3])).to(x.dtype)[..., None, None]
         weight = F.relu(self.down(weight))
         return x * torch.sigmoid(self.up(weight))

@@ -2,5 +2,6 @@
 
 from .depthwise import DepthwiseConv2d, depthwise_conv2d
 from .dilated_reparam import dilated_reparam_conv, merge_branches
+from .pooled import depthwise_conv2d_pooled
 
-__all__ = ['DepthwiseConv2d', 'depthwise_conv2d', 'dilated_reparam_conv', 'merge_branches']
+__all__ = ['DepthwiseConv2d', 'depthwise_conv2d', 'depthwise_conv2d_pooled', 'dilated_reparam_conv', 'merge_branches']

@@ -1,37 +1,73 @@
 """Which implementations of the large depthwise convolution there are, which work here, and which is taken when.
 
-``torch`` is always there. ``cpp`` are the compiled CPU kernels in ``csrc/cpu``, built by ``setup.py`` or by
-``python -m mmunireplknet.ops.build``. ``triton`` and ``cuda`` are names kept for kernels that this version lacks.
+A backend is a module with
+
+- ``forward(x, weight, bias, dilation, flipped=False)``, with the kernel turned by 180 degrees where ``flipped``;
+- ``weight_grad(x, grad, kernel, dilation)``, (C, 1, K, K) in float32;
+- ``supports(x, kernel, dilation)``, why it cannot do that, empty where it can;
+
+and may have ``block_supports`` with the ``block_*`` of the Dilated Reparam Block (see ``cpp``), and a ``forward`` that
+also sums (see ``compute_pooled``).
+
+``torch`` is always there. ``cpp`` are the compiled CPU kernels in ``csrc/cpu``, ``cuda`` those in ``csrc/cuda``, built
+by ``setup.py`` or by ``python -m mmunireplknet.ops.build``; its ``why_not()`` says why they are not there. ``triton``
+needs nothing but the package triton, which torch for CUDA brings along.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
+import inspect
 import os
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from . import cpp, fastest, reference
 from .self_check import self_check
 
-__all__ = ['BACKENDS', 'choose', 'require', 'suits_cpp', 'why_not']
+__all__ = [
+    'BACKENDS',
+    'choose',
+    'compute',
+    'compute_block',
+    'compute_pooled',
+    'is_on_gpu',
+    'require',
+    'suits_cpp',
+    'why_not',
+]
+
+Result = TypeVar('Result')
 
 BACKENDS = ('torch', 'cpp', 'triton', 'cuda')
-_CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ON_GPU = ('cuda', 'triton')  # in the order in which they are taken where nothing is timed
+OLDEST = (8, 0)  # compute capability: bfloat16 and TF32 in tensor cores, asynchronous copies
+_MODULES = {'triton': '.gpu.backend', 'cuda': '.cuda'}
+_checked: dict[tuple[str, int], str] = {}  # why not, by backend and GPU
+_warned: set[str] = set()
 
 
-def why_not(backend: str) -> str:
+def why_not(backend: str, device: torch.device | None = None) -> str:
     """Why ``backend`` cannot be used here; empty where it can.
+
+    Args:
+        backend: One of ``BACKENDS``.
+        device: The GPU that is asked about; None for the current one.
 
     Raises:
         ValueError: There is no such backend.
     """
     if backend not in BACKENDS:
         raise ValueError(f'backend={backend!r} is unknown: it must be auto, {", ".join(BACKENDS)}.')
-    if backend == 'torch':
-        return ''
-    return _why_not_cpp() if backend == 'cpp' else f'this version of mmunireplknet has no {backend} kernels.'
+    if backend in ON_GPU:
+        return _why_not_on_gpu(backend, device)
+    return _why_not_cpp() if backend == 'cpp' else ''
 
 
 @functools.cache
@@ -42,15 +78,78 @@ def _why_not_cpp() -> str:
     if file is None:
         return f'the CPU kernels are not built: {build.why_not() or "run python -m mmunireplknet.ops.build."}'
     try:
-        torch.ops.load_library(str(file))
-        for name in ('forward', 'weight_grad', 'block_forward', 'block_backward', 'apply', 'grad', 'sums'):
-            torch.library.register_fake(f'mmuni_cpu::{name}', lambda *_: None)  # they write into what they are given
-        problem = self_check()
+        cpp.load(str(file))
+        problem = self_check('cpp', cpp, torch.device('cpu'))
     except (OSError, RuntimeError) as error:
         problem = f'{file} does not work: {error}'
     if problem:
         warnings.warn(f'mmunireplknet: the compiled CPU kernels are not used: {problem}', stacklevel=2)
     return problem
+
+
+def _why_not_on_gpu(backend: str, device: torch.device | None) -> str:
+    if reason := _why_not_installed(backend) or _why_no_gpu(backend) or _why_not_loaded(backend):
+        return reason
+    if _is_interpreted(backend):
+        return ''
+    index = torch.cuda.current_device() if device is None or device.index is None else device.index
+    if (backend, index) not in _checked:
+        _checked[backend, index] = _check_on_gpu(backend, torch.device('cuda', index))
+    return _checked[backend, index]
+
+
+@functools.cache
+def _why_not_installed(backend: str) -> str:
+    if backend == 'cuda':
+        return _why_not_loaded(backend) or module_of(backend).why_not()
+    if importlib.util.find_spec('triton') is None:
+        return 'the package triton is missing: torch for CUDA brings it on Linux; on Windows it is triton-windows.'
+    return ''
+
+
+def _why_no_gpu(backend: str) -> str:
+    if _is_interpreted(backend):
+        return ''
+    if torch.version.hip is not None:
+        return 'the kernels are for GPUs of NVIDIA; on those of AMD, torch computes.'
+    if torch.cuda.is_available():
+        return ''
+    return 'there is no CUDA device' + ('.' if torch.version.cuda else f', and torch {torch.__version__} has no CUDA.')
+
+
+@functools.cache
+def _why_not_loaded(backend: str) -> str:
+    try:
+        module_of(backend)
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # of a triton that is too old, or broken
+        return f'its kernels cannot be imported: {type(error).__name__}: {error}'
+    return ''
+
+
+def _is_interpreted(backend: str) -> bool:
+    """Whether triton runs on the CPU by its interpreter, as it does in tests."""
+    return backend == 'triton' and os.environ.get('TRITON_INTERPRET') == '1'
+
+
+def _check_on_gpu(backend: str, device: torch.device) -> str:
+    capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+    if capability < OLDEST:
+        found = '.'.join(map(str, capability))
+        return f'{name} has compute capability {found}; the kernels take 8.0 (Ampere) or newer.'
+    try:
+        problem = self_check(backend, module_of(backend), device)
+    except Exception as error:  # of triton's compiler, of the driver: whatever it is, torch computes without it
+        problem = f'the self-check on {name} failed: {type(error).__name__}: {error}'
+    if problem:
+        warnings.warn(f'mmunireplknet: the {backend} kernels are not used: {problem}', stacklevel=2)
+    return problem
+
+
+def module_of(backend: str) -> Any:
+    """The module of ``backend``, whether or not it works here."""
+    if backend in _MODULES:
+        return importlib.import_module(_MODULES[backend], __package__)
+    return cpp if backend == 'cpp' else reference
 
 
 def require(backend: str) -> None:
@@ -64,11 +163,26 @@ def require(backend: str) -> None:
         raise RuntimeError(f'backend {backend!r} of depthwise_conv2d cannot be used: {reason}')
 
 
-def choose(backend: str, x: Tensor, kernel: int) -> str:
+def choose(
+    backend: str,
+    x: Tensor,
+    kernel: int,
+    dilation: int = 1,
+    function: str = 'forward',
+    do: Callable[[Any], object] | None = None,
+) -> str:
     """The backend for a map ``x`` (N, C, H, W) and a KxK kernel.
 
-    ``auto`` reads ``MMUNI_DW_BACKEND``; where that says nothing it takes what was measured to be the fastest for
-    device, dtype, layout and size (docs/benchmarks.md).
+    ``auto`` reads ``MMUNI_DW_BACKEND``; where that says nothing it takes what was measured to be the fastest: on a CPU
+    for device, dtype, layout and size (docs/benchmarks.md), on a GPU by ``fastest``, here and now.
+
+    Args:
+        backend: One of ``BACKENDS``, or 'auto'.
+        x: What is convolved.
+        kernel: K.
+        dilation: Distance of its taps.
+        function: What is computed: 'forward', 'input_grad', 'weight_grad' or 'pooled'.
+        do: Computes it by the module that it is given; None where nothing may be timed.
 
     Raises:
         RuntimeError: The backend that is asked for cannot be used here, or not for such a map.
@@ -77,18 +191,164 @@ def choose(backend: str, x: Tensor, kernel: int) -> str:
     if backend == 'auto':
         backend = _wanted()
     if backend == 'auto':
+        if is_on_gpu(x):
+            return _choose_on_gpu(x, kernel, dilation, function, do)
         return 'cpp' if suits_cpp(x) and not _torch_is_faster(x, kernel) else 'torch'
     require(backend)
-    if backend == 'cpp' and x.device.type != 'cpu':
-        raise RuntimeError(f"backend 'cpp' computes on the CPU, but the input is on {x.device}.")
-    if backend == 'cpp' and x.dtype not in _CPP_DTYPES:
-        return 'torch'  # float64, the precision of references
+    if backend == 'torch':
+        return backend
+    device = 'cpu' if backend == 'cpp' or _is_interpreted(backend) else 'cuda'
+    if x.device.type != device and not (device == 'cuda' and is_on_gpu(x)):
+        name = 'the CPU' if device == 'cpu' else 'CUDA devices'
+        raise RuntimeError(f'backend {backend!r} computes on {name}, but the input is on {x.device}.')
+    if x.dtype == torch.float64:
+        return 'torch'  # the precision of references
+    if reason := module_of(backend).supports(x, kernel, dilation):
+        raise RuntimeError(f'backend {backend!r} cannot convolve this: {reason}')
     return backend
+
+
+def _choose_on_gpu(x: Tensor, kernel: int, dilation: int, function: str, do: Callable[[Any], object] | None) -> str:
+    kind = fastest.kind_of(function, x, kernel, dilation)
+    taken = fastest.remembered(kind)
+    if taken == 'torch' or (taken and _suits(taken, kind, x, kernel, dilation)):
+        return taken
+    names = [name for name in ON_GPU if _suits(name, kind, x, kernel, dilation)]
+    if not names or do is None or not fastest.may_time(x):
+        return fastest.guess(function, kernel, names)
+    candidates = {name: functools.partial(do, module_of(name)) for name in (*names, 'torch')}
+    taken, errors = fastest.find(kind, candidates, x.device)
+    for name, error in errors.items():
+        _give_up(name, kind, error)
+    return taken
+
+
+def _suits(name: str, kind: fastest.Kind, x: Tensor, kernel: int, dilation: int) -> bool:
+    if fastest.is_failed(kind, name) or (fastest.is_capturing() and (name, kind[0]) not in _checked):
+        return False  # a check would wait for the GPU, which is an error while a graph is captured
+    return not why_not(name, x.device) and not module_of(name).supports(x, kernel, dilation)
+
+
+def _give_up(name: str, kind: fastest.Kind, error: Exception) -> None:
+    """Have others do work of this kind from now on, and say so once for a backend."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return  # another time there may be more
+    fastest.mark_failed(kind, name)
+    if name not in _warned:
+        _warned.add(name)
+        what = f'{kind[1]} of a {kind[2]}x{kind[2]} kernel in {kind[4].removeprefix("torch.")}'
+        warnings.warn(
+            f'mmunireplknet: the {name} kernels fail in the {what}, and are not used for it: '
+            f'{type(error).__name__}: {error}',
+            stacklevel=2,
+        )
+
+
+def compute(do: Callable[[Any], Result], backend: str, function: str, x: Tensor, kernel: int, dilation: int) -> Result:
+    """``do`` by the backend that ``choose`` names; where ``auto`` chose one that raises, by torch.
+
+    Args:
+        do: Computes it by the module that it is given.
+        backend: See ``choose``, as all others.
+        function: See there.
+        x: See there.
+        kernel: See there.
+        dilation: See there.
+    """
+    name = choose(backend, x, kernel, dilation, function, do)
+    if name not in ON_GPU or not _is_auto(backend):
+        return do(module_of(name))
+    try:
+        return do(module_of(name))
+    except Exception as error:  # as in `_check_on_gpu`
+        if fastest.is_capturing():
+            raise  # the graph is lost
+        _give_up(name, fastest.kind_of(function, x, kernel, dilation), error)
+    return do(reference)
+
+
+def compute_pooled(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The convolution, in channels_last memory, and the sums (N, C) of its maps, in float32 at least.
+
+    By one pass where the backend's ``forward`` takes ``pooled=True`` and ``layout=``.
+    """
+
+    def do(module: Any) -> tuple[Tensor, Tensor]:
+        if _pools(module.forward):
+            return module.forward(x, weight, bias, dilation, pooled=True, layout=torch.channels_last)
+        y = module.forward(x, weight, bias, dilation).contiguous(memory_format=torch.channels_last)
+        return y, y.sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+
+    return compute(do, backend, 'pooled', x, weight.shape[-1], dilation)
+
+
+@functools.cache
+def _pools(forward: Callable) -> bool:
+    return {'pooled', 'layout'} <= set(inspect.signature(forward).parameters)
+
+
+def compute_block(
+    name: str, plain: Callable[[], Result], backend: str, x: Tensor, kernel: Sequence[int], dilation: Sequence[int],
+    arguments: tuple,
+) -> Result:  # fmt: skip
+    """A function of the Dilated Reparam Block by the backend that has it, or layer by layer.
+
+    On a GPU nothing is timed: one pass over all branches keeps a seventh of the memory, whatever the time.
+
+    Args:
+        name: 'block_forward', 'block_stats', 'block_sums' or 'block_backward'.
+        plain: Computes it layer by layer.
+        backend: See ``choose``.
+        x: (N, C, H, W).
+        kernel: Of every branch.
+        dilation: Of every branch.
+        arguments: Of the function.
+    """
+    if not x.numel():
+        return plain()
+    for candidate in _with_block(backend, x, max(kernel)):
+        module = module_of(candidate)
+        if not hasattr(module, name) or module.block_supports(x, kernel, dilation):
+            continue
+        kind = fastest.kind_of(name, x, max(kernel), len(kernel))
+        if fastest.is_failed(kind, candidate):
+            continue
+        if candidate not in ON_GPU or not _is_auto(backend):
+            return getattr(module, name)(*arguments)
+        try:
+            return getattr(module, name)(*arguments)
+        except Exception as error:  # as in `_check_on_gpu`
+            if fastest.is_capturing():
+                raise
+            _give_up(candidate, kind, error)
+    return plain()
+
+
+def _with_block(backend: str, x: Tensor, kernel: int) -> list[str]:
+    """Backends that may have kernels for the block."""
+    if not _is_auto(backend) or not is_on_gpu(x):
+        return [choose(backend, x, kernel)]
+    if x.dtype == torch.float64:
+        return []
+    capturing = fastest.is_capturing()
+    known = [name for name in ON_GPU if not capturing or (name, x.device.index or 0) in _checked]
+    return [name for name in known if not why_not(name, x.device)]
 
 
 def suits_cpp(x: Tensor) -> bool:
     """Whether the compiled CPU kernels are here, not switched off, and made for maps like ``x``."""
-    return x.device.type == 'cpu' and x.dtype in _CPP_DTYPES and _cpp_is_usable()
+    return x.device.type == 'cpu' and x.dtype in cpp.DTYPES and _cpp_is_usable()
+
+
+def is_on_gpu(x: Tensor) -> bool:
+    """Whether ``x`` is where ``ON_GPU`` compute."""
+    return x.device.type == 'cuda'
+
+
+def _is_auto(backend: str) -> bool:
+    return backend == 'auto' and _wanted() == 'auto'
 
 
 @torch.compiler.assume_constant_result

@@ -103,12 +103,10 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, back
     kernel = _size_of_kernel(weight)
     if not x.numel():
         return torch.empty_like(x)
-    if backends.choose(backend, x, kernel) != 'cpp':
-        return reference.convolve(x, weight, bias, dilation)
-    out = torch.empty_like(x)
-    bias = None if bias is None else bias.float().contiguous()
-    torch.ops.mmuni_cpu.forward(x, weight.float().contiguous(), bias, out, kernel, dilation, False)
-    return out
+    out = backends.compute(
+        lambda module: module.forward(x, weight, bias, dilation), backend, 'forward', x, kernel, dilation
+    )
+    return _laid_out_like(out, x)
 
 
 @torch.library.impl(_library, 'depthwise_conv2d_input_grad', 'CompositeExplicitAutograd')
@@ -116,22 +114,26 @@ def _input_grad(grad: Tensor, weight: Tensor, dilation: int, backend: str) -> Te
     kernel = _size_of_kernel(weight)
     if not grad.numel():
         return torch.empty_like(grad)
-    if backends.choose(backend, grad, kernel) != 'cpp':
-        return reference.input_grad(grad, weight, dilation)
-    out = torch.empty_like(grad)
-    torch.ops.mmuni_cpu.forward(grad, weight.float().contiguous(), None, out, kernel, dilation, True)
-    return out
+    out = backends.compute(
+        lambda module: module.forward(grad, weight, None, dilation, True), backend, 'input_grad', grad, kernel, dilation
+    )
+    return _laid_out_like(out, grad)
 
 
 @torch.library.impl(_library, 'depthwise_conv2d_weight_grad', 'CompositeExplicitAutograd')
 def _weight_grad(x: Tensor, grad: Tensor, kernel_size: int, dilation: int, backend: str) -> Tensor:
     if not x.numel():
         return _weight_grad_fake(x, grad, kernel_size, dilation, backend).zero_()
-    if backends.choose(backend, x, kernel_size) != 'cpp':
-        return reference.weight_grad(x, grad, kernel_size, dilation)
-    out = x.new_empty((x.shape[1], 1, kernel_size, kernel_size), dtype=torch.float32)
-    torch.ops.mmuni_cpu.weight_grad(x, grad.to(x.dtype), out, kernel_size, dilation)
-    return out
+    grad = grad.to(x.dtype)
+    return backends.compute(
+        lambda module: module.weight_grad(x, grad, kernel_size, dilation),
+        backend, 'weight_grad', x, kernel_size, dilation,
+    )  # fmt: skip
+
+
+def _laid_out_like(out: Tensor, x: Tensor) -> Tensor:
+    """``out`` as promised: kernels for a GPU give maps of any other layout back in NCHW."""
+    return out if out.stride() == x.stride() else reference.like(out, x)
 
 
 @torch.library.register_fake('mmuni::depthwise_conv2d', lib=_library)

@@ -11,6 +11,7 @@ one large convolution, merged by the statistics of the batch, and that is what t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,8 +27,6 @@ from .linear import autocast_device, once_differentiable, without_autocast
 from .moments import share_moments, sum_over_processes, var_mean
 
 __all__ = ['dilated_reparam_conv', 'merge_branches']
-
-_MAX_BRANCHES = 12  # of the compiled kernels
 
 
 def dilated_reparam_conv(
@@ -207,11 +206,6 @@ for _schema in (
     _library.define(_schema, tags=_tags)
 
 
-def _is_compiled(x: Tensor, kernel: Sequence[int], backend: str) -> bool:
-    chosen = backends.choose(backend, x, max(kernel))
-    return chosen == 'cpp' and len(kernel) <= _MAX_BRANCHES and x.numel() > 0
-
-
 def _widen(x: Tensor) -> Tensor:
     """In the precision of the statistics on a CPU, which rounds the output of no branch; on others, as it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32)) if x.device.type == 'cpu' else x
@@ -228,17 +222,18 @@ def _forward(
     x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor,
     kernel: list[int], dilation: list[int], eps: list[float], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    y, mean, var = _forward_fake(x, weight, gamma, beta, kernel, dilation, eps, backend)
-    if _is_compiled(x, kernel, backend):
-        torch.ops.mmuni_cpu.block_forward(x, kernel, dilation, eps, weight, gamma.contiguous(), beta, mean, var, y)
-        return y, mean, var
-    weights, x = _split(weight, kernel), _widen(x)
-    total: Tensor | float = 0.0
-    for b in range(len(kernel)):
-        z = _convolve(x, weights, dilation, b, backend)
-        var[b], mean[b] = var_mean(z, [0, 2, 3])
-        total = total + F.batch_norm(z, mean[b], var[b], gamma[b], beta if b == 0 else None, eps=eps[b])
-    return y.copy_(total), mean, var
+    def plain() -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, var = _forward_fake(x, weight, gamma, beta, kernel, dilation, eps, backend)
+        weights, values = _split(weight, kernel), _widen(x)
+        total: Tensor | float = 0.0
+        for b in range(len(kernel)):
+            z = _convolve(values, weights, dilation, b, backend)
+            var[b], mean[b] = var_mean(z, [0, 2, 3])
+            total = total + F.batch_norm(z, mean[b], var[b], gamma[b], beta if b == 0 else None, eps=eps[b])
+        return y.copy_(total), mean, var
+
+    arguments = (x, weight, gamma, beta, kernel, dilation, eps)
+    return backends.compute_block('block_forward', plain, backend, x, kernel, dilation, arguments)
 
 
 @torch.library.register_fake('mmuni::dilated_reparam_forward', lib=_library)
@@ -254,17 +249,16 @@ def _stats(
     x: Tensor, weight: Tensor, branches: int,
     kernel: list[int], dilation: list[int], eps: list[float], backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    mean, var = _stats_fake(x, weight, branches, kernel, dilation, eps, backend)
-    if _is_compiled(x, kernel, backend):
-        torch.ops.mmuni_cpu.block_forward(
-            x, kernel, dilation, eps, weight, torch.ones_like(mean), mean[0], mean, var, None
-        )
+    def plain() -> tuple[Tensor, Tensor]:
+        mean, var = _stats_fake(x, weight, branches, kernel, dilation, eps, backend)
+        weights, values = _split(weight, kernel), _widen(x)
+        for b in range(branches):
+            z = _convolve(values, weights, dilation, b, backend)
+            var[b], mean[b] = var_mean(z, [0, 2, 3])
         return mean, var
-    weights, x = _split(weight, kernel), _widen(x)
-    for b in range(branches):
-        z = _convolve(x, weights, dilation, b, backend)
-        var[b], mean[b] = var_mean(z, [0, 2, 3])
-    return mean, var
+
+    arguments = (x, weight, branches, kernel, dilation, eps)
+    return backends.compute_block('block_stats', plain, backend, x, kernel, dilation, arguments)
 
 
 @torch.library.register_fake('mmuni::dilated_reparam_stats', lib=_library)
@@ -280,19 +274,17 @@ def _sums(
     grad: Tensor, x: Tensor, weight: Tensor, gamma: Tensor, mean: Tensor, var: Tensor,
     kernel: list[int], dilation: list[int], eps: list[float], backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    sum_gamma, sum_beta = _sums_fake(grad, x, weight, gamma, mean, var, kernel, dilation, eps, backend)
-    if _is_compiled(x, kernel, backend):
-        torch.ops.mmuni_cpu.block_backward(
-            grad, x, kernel, dilation, eps, weight, gamma.contiguous(), mean, var, None, None, sum_gamma,
-            sum_beta, False, 1.0,
-        )  # fmt: skip
-        return sum_gamma, sum_beta
-    weights, x = _split(weight, kernel), _widen(x)
-    values = grad.to(gamma.dtype)
-    for b in range(len(kernel)):
-        z = _convolve(x, weights, dilation, b, backend)
-        sum_gamma[b] = (values * (z - mean[b].view(-1, 1, 1))).sum((0, 2, 3)) * torch.rsqrt(var[b] + eps[b])
-    return sum_gamma, sum_beta.copy_(values.sum((0, 2, 3)))
+    def plain() -> tuple[Tensor, Tensor]:
+        sum_gamma, sum_beta = _sums_fake(grad, x, weight, gamma, mean, var, kernel, dilation, eps, backend)
+        weights, wide = _split(weight, kernel), _widen(x)
+        values = grad.to(gamma.dtype)
+        for b in range(len(kernel)):
+            z = _convolve(wide, weights, dilation, b, backend)
+            sum_gamma[b] = (values * (z - mean[b].view(-1, 1, 1))).sum((0, 2, 3)) * torch.rsqrt(var[b] + eps[b])
+        return sum_gamma, sum_beta.copy_(values.sum((0, 2, 3)))
+
+    arguments = (grad, x, weight, gamma, mean, var, kernel, dilation, eps)
+    return backends.compute_block('block_sums', plain, backend, x, kernel, dilation, arguments)
 
 
 @torch.library.register_fake('mmuni::dilated_reparam_sums', lib=_library)
@@ -309,27 +301,31 @@ def _backward(
     sum_gamma: Tensor | None, sum_beta: Tensor | None, count: float, needs_x: bool,
     kernel: list[int], dilation: list[int], eps: list[float], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    sums = (sum_gamma, sum_beta)
+    arguments = (grad, x, weight, gamma, mean, var, *sums, count, needs_x, kernel, dilation, eps)
+    plain = functools.partial(_backward_by_branch, *arguments, backend)
+    return backends.compute_block('block_backward', plain, backend, x, kernel, dilation, arguments)
+
+
+def _backward_by_branch(
+    grad: Tensor, x: Tensor, weight: Tensor, gamma: Tensor, mean: Tensor, var: Tensor,
+    sum_gamma: Tensor | None, sum_beta: Tensor | None, count: float, needs_x: bool,
+    kernel: list[int], dilation: list[int], eps: list[float], backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grad_x, grad_weight = torch.empty_like(x) if needs_x else x.new_empty(0), torch.empty_like(weight)
-    if _is_compiled(x, kernel, backend):
-        grad_gamma = torch.empty_like(mean) if sum_gamma is None else sum_gamma.clone()
-        grad_beta = torch.empty_like(mean[0]) if sum_beta is None else sum_beta.clone()
-        torch.ops.mmuni_cpu.block_backward(
-            grad, x, kernel, dilation, eps, weight, gamma.contiguous(), mean, var, grad_x if needs_x else None,
-            grad_weight, grad_gamma, grad_beta, sum_gamma is not None, count,
-        )  # fmt: skip
-        return grad_x, grad_weight, grad_gamma, grad_beta
     if sum_gamma is None or sum_beta is None:
         sum_gamma, sum_beta = _sums(grad, x, weight, gamma, mean, var, kernel, dilation, eps, backend)
     weights, grads = _split(weight, kernel), _split(grad_weight, kernel)
     ops, total = torch.ops.mmuni, torch.zeros_like(x, dtype=gamma.dtype) if needs_x else None
-    narrow, wide = _widen(x), x.to(gamma.dtype)
+    values = _widen(x)
     centred = grad.to(gamma.dtype) - (sum_beta / count).view(-1, 1, 1)
     for b in range(len(kernel)):
-        z = _convolve(narrow, weights, dilation, b, backend)
+        z = _convolve(values, weights, dilation, b, backend)
         inverse = torch.rsqrt(var[b] + eps[b])
         slope = (sum_gamma[b] * inverse / count).view(-1, 1, 1)
         grad_z = (gamma[b] * inverse).view(-1, 1, 1) * (centred - slope * (z - mean[b].view(-1, 1, 1)))
-        grads[b].copy_(ops.depthwise_conv2d_weight_grad(wide, grad_z, kernel[b], dilation[b], backend))
+        grad_z = grad_z.to(values.dtype)  # off the CPU in 16 bits, as batch normalization there gives it back
+        grads[b].copy_(ops.depthwise_conv2d_weight_grad(values, grad_z, kernel[b], dilation[b], backend))
         if total is not None:
             total += ops.depthwise_conv2d_input_grad(grad_z, weights[b], dilation[b], backend)
     return grad_x if total is None else grad_x.copy_(total), grad_weight, sum_gamma.clone(), sum_beta.clone()

@@ -11,7 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['convolve', 'input_grad', 'weight_grad']
+__all__ = ['convolve', 'forward', 'input_grad', 'like', 'supports', 'weight_grad']
+
+
+def supports(x: Tensor, kernel: int, dilation: int) -> str:
+    """Why a map cannot be convolved: every one can."""
+    return ''
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, flipped: bool = False) -> Tensor:
+    """``convolve`` or, ``flipped``, ``input_grad``, as every backend has both."""
+    return input_grad(x, weight, dilation) if flipped else convolve(x, weight, bias, dilation)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
@@ -23,14 +33,14 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> T
         values = values.contiguous(memory_format=_fast_layout(kernel))
     bias = None if bias is None else bias.to(dtype)
     out = F.conv2d(values, weight.to(dtype), bias, 1, dilation * (kernel // 2), dilation, x.shape[1])
-    return _like(out, x)
+    return like(out, x)
 
 
 def input_grad(grad: Tensor, weight: Tensor, dilation: int) -> Tensor:
     """Gradient for the input, given that of the output (N, C, H, W)."""
     dtype = _compute_dtype(grad)
     values = grad.to(dtype)
-    return _like(_backward(values, values, weight.to(dtype), dilation, 0), grad)
+    return like(_backward(values, values, weight.to(dtype), dilation, 0), grad)
 
 
 def weight_grad(x: Tensor, grad: Tensor, kernel: int, dilation: int) -> Tensor:
@@ -70,7 +80,7 @@ def _fast_layout(kernel: int) -> torch.memory_format:
     return torch.contiguous_format if 7 <= kernel <= largest else torch.channels_last
 
 
-def _like(out: Tensor, x: Tensor) -> Tensor:
+def like(out: Tensor, x: Tensor) -> Tensor:
     """``out`` with the dtype and the strides that ``torch.empty_like(x)`` has."""
     wanted = torch.empty_like(x)
     return out if out.dtype == x.dtype and out.stride() == wanted.stride() else wanted.copy_(out)

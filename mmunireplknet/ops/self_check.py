@@ -1,10 +1,12 @@
-"""Whether the compiled CPU kernels compute on this machine what torch computes: small cases of each of the seven."""
+"""Whether compiled kernels compute on this machine what torch computes: small cases of each of their functions."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,18 +18,35 @@ from . import reference
 __all__ = ['self_check']
 
 _LIMITS = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # relative L2 errors
+_TF32 = 2e-3  # of float32 on a GPU: products of TF32 have 11 bits, and torch's settings allow or forbid them
+_Results = Iterator[tuple[str, Tensor, Tensor]]
 
 
-def self_check() -> str:
-    """What is wrong, or nothing. Modes that are active, as of a FLOP counter, neither see nor change what is done."""
-    with _disable_current_modes(), torch.no_grad(), torch.autocast('cpu', enabled=False):
-        for name, mine, exact in itertools.chain(_convolutions(), _blocks(), _pointwise()):
-            error = float((mine.double() - exact).norm() / exact.norm())
-            limit = _LIMITS[mine.dtype]
+def self_check(name: str, backend: Any, device: torch.device) -> str:
+    """What is wrong, or nothing. Modes that are active, as of a FLOP counter, neither see nor change what is done.
+
+    Args:
+        name: Of the backend; 'cpp' has pointwise kernels as well.
+        backend: Its module, see ``backends``.
+        device: Where to check it.
+    """
+    checks = [_convolutions(backend, device), _sums(backend, device), _blocks(backend, device)]
+    if name == 'cpp':
+        checks.append(_pointwise())
+    with _disable_current_modes(), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        for what, mine, exact in itertools.chain.from_iterable(checks):
+            error = float((mine.double().cpu() - exact).norm() / exact.norm())
+            limit = _LIMITS[mine.dtype] if mine.dtype != torch.float32 or device.type == 'cpu' else _TF32
             if not error < limit:
-                where = f'{mine.dtype}, {torch.ops.mmuni_cpu.capability()}'.removeprefix('torch.')
-                return f'their {name} is off by {error:.1e} on this machine ({where}).'
+                where = f'{mine.dtype}, {_where(name, device)}'.removeprefix('torch.')
+                return f'their {what} is off by {error:.1e} on this machine ({where}).'
     return ''
+
+
+def _where(name: str, device: torch.device) -> str:
+    if name == 'cpp':
+        return torch.ops.mmuni_cpu.capability()
+    return torch.cuda.get_device_name(device) if device.type == 'cuda' else name
 
 
 def _drawing(seed: int) -> functools.partial[Tensor]:
@@ -35,8 +54,9 @@ def _drawing(seed: int) -> functools.partial[Tensor]:
     return functools.partial(torch.randn, generator=generator, dtype=torch.float32, device='cpu')
 
 
-def _convolutions() -> Iterator[tuple[str, Tensor, Tensor]]:
-    cpp, draw = torch.ops.mmuni_cpu, _drawing(0)
+def _convolutions(backend: Any, device: torch.device) -> _Results:
+    """Against torch's in float64, on the CPU."""
+    draw = _drawing(0)
     for kernel, dilation, shape, dtype, layout in (
         (13, 1, (2, 19, 21, 20), torch.float32, torch.contiguous_format),
         (3, 4, (1, 3, 17, 8), torch.float32, torch.contiguous_format),
@@ -46,41 +66,54 @@ def _convolutions() -> Iterator[tuple[str, Tensor, Tensor]]:
     ):
         x, grad = (draw(shape).to(dtype).contiguous(memory_format=layout) for _ in range(2))
         weight = draw(shape[1], 1, kernel, kernel)
-        out, grad_x, grad_weight = torch.empty_like(x), torch.empty_like(x), torch.empty_like(weight)
-        cpp.forward(x, weight, None, out, kernel, dilation, False)
-        cpp.forward(grad, weight, None, grad_x, kernel, dilation, True)
-        cpp.weight_grad(x, grad, grad_weight, kernel, dilation)
-        yield 'forward', out, reference.convolve(x.double(), weight.double(), None, dilation)
-        yield 'input gradient', grad_x, reference.input_grad(grad.double(), weight.double(), dilation)
-        yield 'weight gradient', grad_weight, reference.weight_grad(x.double(), grad.double(), kernel, dilation)
+        there = [t.to(device) for t in (x, grad, weight)]
+        yield 'forward', backend.forward(there[0], there[2], None, dilation), _exact(x, weight, dilation)
+        exact = reference.input_grad(grad.double(), weight.double(), dilation)
+        yield 'input gradient', backend.forward(there[1], there[2], None, dilation, True), exact
+        exact = reference.weight_grad(x.double(), grad.double(), kernel, dilation)
+        yield 'weight gradient', backend.weight_grad(there[0], there[1], kernel, dilation), exact
 
 
-def _blocks() -> Iterator[tuple[str, Tensor, Tensor]]:
+def _exact(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    return reference.convolve(x.double(), weight.double(), None, dilation)
+
+
+def _sums(backend: Any, device: torch.device) -> _Results:
+    if 'pooled' not in inspect.signature(backend.forward).parameters:
+        return
+    draw = _drawing(3)
+    x, weight = draw(2, 19, 21, 20).to(torch.bfloat16), draw(19, 1, 7, 7)
+    there = (t.to(device) for t in (x, weight))
+    y, sums = backend.forward(*there, None, 1, pooled=True, layout=torch.channels_last)
+    exact = _exact(x, weight, 1)
+    yield 'forward', y, exact
+    yield 'sum of the maps', sums, exact.sum((2, 3))
+
+
+def _blocks(backend: Any, device: torch.device) -> _Results:
     """Against the same operators in float64, which torch computes."""
-    cpp, ops, draw = torch.ops.mmuni_cpu, torch.ops.mmuni, _drawing(1)
+    if not hasattr(backend, 'block_forward'):
+        return
+    ops, draw = torch.ops.mmuni, _drawing(1)
     kernel, dilation, eps, c = [7, 3], [1, 2], [1e-3, 1e-2], 19
     static = (kernel, dilation, eps)
     weight, gamma, beta = draw(c * (49 + 9)), draw(2, c), draw(c)
-    mean, var, grad_gamma = (torch.empty_like(gamma) for _ in range(3))
-    grad_weight, grad_beta = torch.empty_like(weight), torch.empty_like(beta)
     for dtype in (torch.float32, torch.bfloat16):
         x, grad = (draw(2, c, 9, 8).to(dtype).contiguous(memory_format=torch.channels_last) for _ in range(2))
-        y, grad_x = torch.empty_like(x), torch.empty_like(x)
-        cpp.block_forward(x, *static, weight, gamma, beta, mean, var, y)
-        cpp.block_backward(
-            grad, x, *static, weight, gamma, mean, var, grad_x, grad_weight, grad_gamma, grad_beta, False, 144.0
-        )
+        there = [t.to(device) for t in (grad, x, weight, gamma, beta)]
+        y, mean, var = backend.block_forward(*there[1:], *static)
+        mine = backend.block_backward(*there[:4], mean, var, None, None, 144.0, True, *static)
         wide_x, wide_grad, *wide = (t.double() for t in (x, grad, weight, gamma, beta))
         exact = ops.dilated_reparam_forward(wide_x, *wide, *static, 'torch')
         tensors = (wide_grad, wide_x, *wide[:2], *exact[1:])
         gradients = ops.dilated_reparam_backward(*tensors, None, None, 144.0, True, *static, 'torch')
-        for mine, right in zip((y, mean, var), exact, strict=True):
-            yield 'block forward', mine, right
-        for mine, right in zip((grad_x, grad_weight, grad_gamma, grad_beta), gradients, strict=True):
-            yield 'block backward', mine, right
+        for value, right in zip((y, mean, var), exact, strict=True):
+            yield 'block forward', value, right
+        for value, right in zip(mine, gradients, strict=True):
+            yield 'block backward', value, right
 
 
-def _pointwise() -> Iterator[tuple[str, Tensor, Tensor]]:
+def _pointwise() -> _Results:
     cpp, draw = torch.ops.mmuni_cpu, _drawing(2)
     scale, shift, slope, pivot = draw(2, 19), draw(2, 19), draw(2, 19), draw(19)
     for dtype in (torch.float32, torch.bfloat16):

@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmunireplknet.ops import DepthwiseConv2d, backends, build, depthwise_conv2d, reference
+from mmunireplknet.ops import cpp as cpp_backend
 from mmunireplknet.ops.self_check import self_check
 
 from ..procedural import image, relative_error
@@ -48,6 +49,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ('convolve', 'input_grad', 'weight_grad'):
         monkeypatch.setattr(reference, name, spy(name, getattr(reference, name)))
     return names
+
+
+def check_cpp() -> str:
+    return self_check('cpp', cpp_backend, torch.device('cpu'))
 
 
 def compute(backend: str = 'auto') -> None:
@@ -133,21 +138,6 @@ def test_unknown_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
             depthwise_conv2d(X, WEIGHT)
 
 
-@pytest.mark.parametrize('backend', ['triton', 'cuda'])
-def test_backend_that_this_version_lacks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    message = f"backend '{backend}' of depthwise_conv2d cannot be used: .* has no {backend} kernels"
-    for function in (
-        lambda: backends.require(backend),
-        lambda: depthwise_conv2d(X, WEIGHT, None, 1, backend),
-        lambda: DepthwiseConv2d(18, 18, 7, padding=3, groups=18, backend=backend),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            function()
-    monkeypatch.setenv('MMUNI_DW_BACKEND', backend)
-    with pytest.raises(RuntimeError, match=message):
-        depthwise_conv2d(X, WEIGHT)
-
-
 def test_torch_needs_nothing() -> None:
     assert backends.why_not('torch') == ''
     backends.require('torch')
@@ -193,7 +183,7 @@ def test_fallback_from_a_library_that_does_not_load(
 def test_fallback_from_kernels_that_fail_the_check(
     fresh: None, calls: list[str], monkeypatch: pytest.MonkeyPatch, cpp: Path
 ) -> None:
-    monkeypatch.setattr(backends, 'self_check', lambda: 'their forward is off by 1.0e+00.')
+    monkeypatch.setattr(backends, 'self_check', lambda *_: 'their forward is off by 1.0e+00.')
     with pytest.warns(UserWarning, match='compiled CPU kernels are not used: their forward is off') as caught:
         expect_fallback('their forward is off', calls)
     assert len(caught) == 1
@@ -226,9 +216,9 @@ def broken(which: str, spoil: Callable[[Tensor], Any], dtype: torch.dtype | None
 
 
 def test_self_check_passes(cpp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert self_check() == ''
+    assert check_cpp() == ''
     monkeypatch.setattr(torch.ops, 'mmuni_cpu', broken('nothing', torch.zero_))
-    assert self_check() == ''
+    assert check_cpp() == ''
 
 
 @pytest.mark.parametrize(
@@ -243,19 +233,19 @@ def test_self_check_passes(cpp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize('which', [f'{name} {i}' for name, (_, places) in WRITES.items() for i in range(len(places))])
 def test_self_check_finds(which: str, spoil: Callable, cpp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops, 'mmuni_cpu', broken(which, lambda out: spoil(out.as_strided((out.numel(),), (1,)))))
-    assert f'their {WRITES[which.split()[0]][0]} is off by ' in self_check()
+    assert f'their {WRITES[which.split()[0]][0]} is off by ' in check_cpp()
 
 
 @pytest.mark.parametrize('which', ['forward 0', 'block_forward 2', 'block_backward 0', 'apply 0', 'grad 0'])
 def test_self_check_finds_a_wrong_rounding(which: str, cpp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops, 'mmuni_cpu', broken(which, lambda out: out.mul_(1.01), torch.bfloat16))
-    assert re.search(r'is off by .* \(bfloat16, ', self_check())
+    assert re.search(r'is off by .* \(bfloat16, ', check_cpp())
 
 
 def test_self_check_finds_what_only_one_layout_shows(cpp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     operators = broken('forward 0', lambda out: out.zero_() if out.stride(1) == 1 else None)
     monkeypatch.setattr(torch.ops, 'mmuni_cpu', operators)
-    assert 'their forward is off' in self_check()
+    assert 'their forward is off' in check_cpp()
 
 
 @contextlib.contextmanager

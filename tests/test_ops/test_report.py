@@ -3,15 +3,18 @@
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mmunireplknet.analysis.gpu_clock import CpuClock
 from mmunireplknet.analysis.timing import Timing
 from mmunireplknet.ops import __main__ as report
-from mmunireplknet.ops import backends, build
+from mmunireplknet.ops import backends, build, fastest
 
 from ..procedural import relative_error
+from .fake_gpu import fake_gpu
 
 FIGURE = r'\d+\.\d\d'
 
@@ -59,11 +62,14 @@ def test_wish_of_the_environment(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert re.search(r'\nfloat32 +NCHW +torch +torch +torch +torch\n', text)
 
 
-@pytest.mark.parametrize(('backend', 'reason'), [('mkl', "backend='mkl' is unknown"), ('cuda', 'has no cuda kernels')])
+@pytest.mark.parametrize(
+    ('backend', 'reason'), [('mkl', "backend='mkl' is unknown"), ('triton', 'there is no CUDA device')]
+)
 def test_wish_that_cannot_be_met(
     backend: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv('MMUNI_DW_BACKEND', backend)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     report.main(['--no-timing'])
     text = capsys.readouterr().out
     assert re.search(rf"'auto' fails on cpu: .*{reason}", text)
@@ -134,3 +140,31 @@ def test_figures_are_of_the_layer_they_name(cpp: Path, capsys: pytest.CaptureFix
     report.main([])
     line = re.search(r'\nNCHW +weight gradient .*\((\d+\.\d)x\)\n', capsys.readouterr().out)
     assert float(line[1]) > 2
+
+
+def test_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """A GPU that is made of the CPU: it is named, and everything there is is timed on its maps."""
+    properties = SimpleNamespace(name='NVIDIA H200', major=9, minor=0, total_memory=141 << 30)
+    for name, fake in dict(
+        is_available=lambda: True, device_count=lambda: 1, get_device_properties=lambda index: properties,
+        get_device_name=lambda: 'NVIDIA H200',
+    ).items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(report, 'GpuClock', lambda seconds: CpuClock())
+    monkeypatch.setattr(report, 'GPU_SHAPES', ((2, 4, 9, 8),))
+    monkeypatch.setattr(report, '_note', lambda name: '')
+    with fake_gpu(monkeypatch) as gpu:
+        monkeypatch.setattr(fastest, 'is_capturing', lambda: False)
+        gpu.milliseconds['triton'] = 0.5
+        monkeypatch.setattr(report, '_choices', lambda device: 'choices\n')
+        report.main([])
+        assert gpu.calls()['cuda'] != []
+    text = capsys.readouterr().out
+    assert '\ncuda:0: NVIDIA H200, compute capability 9.0, 141 GiB\n' in text
+    assert {name: rows(text)[name] for name in ('triton', 'cuda')} == {'triton': ['yes'], 'cuda': ['yes']}
+    assert '13x13, bfloat16, NVIDIA H200, from a cold cache' in text
+    assert re.search(r'\nmap +layout +direction +as torch has it +cuda +triton +auto +auto took\n', text)
+    for layout in ('NCHW', 'channels_last'):
+        for direction in ('forward', 'input gradient', 'weight gradient'):
+            line = rf'\n\(2, 4, 9, 8\) +{layout} +{direction} +\d+( +\d+ \(\d+\.\dx\)){{3}} +triton\n'
+            assert re.search(line, text), line
