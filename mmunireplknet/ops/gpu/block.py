@@ -1,0 +1,320 @@
+# mypy: allow-untyped-defs
+"""The Dilated Reparam Block in training, on a GPU, in Triton: what ``ops.dilated_reparam`` has as four operators.
+
+Forward, the block is one convolution, merged by the statistics of the batch: one pass over the map for these, one
+convolution. Backward, the gradient of the output of branch b is
+
+    a_b e_b,  e_b = g - sum(g) / M - (sum(g n_b) / M) n_b,  n_b = (z_b - mean_b) / s_b,  a_b = gamma_b / s_b
+
+for M values a channel and s_b = sqrt(var_b + eps_b), so that
+
+    dx = sum_b a_b conv^T(e_b, w_b),  dw_b = a_b <x, e_b>
+
+and all that is ever rounded is e_b, which has the size of g and is rounded like g itself. The outputs z_b are computed
+again, tile by tile, in each of the three passes of the backward; none of them is written. Only the input gradient needs
+the neighbours of a tile, so that it keeps e_b of some rows of one image in memory that the caches hold.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import convolution, layouts, statistics
+from .branches import COLUMNS, Plan, branch_values, expand, in_map, load_band, load_window, plan_of, tile_at, tile_of
+from .branches import unsupported as _unsupported
+
+__all__ = ['block_backward', 'block_forward', 'block_stats', 'block_sums', 'block_supports']
+
+_SCRATCH = 2**24  # bytes of e_b in all programs together: a fraction of the L2 cache of the GPUs with tensor cores
+_GRAMS = 24 * 32  # columns of Gram matrices that fit into the registers of a program
+
+
+def block_supports(x: Tensor, kernel: Sequence[int], dilation: Sequence[int]) -> str:
+    """Why there are no kernels for maps like ``x`` (N, C, H, W) and such branches; empty where there are."""
+    return _unsupported(kernel, dilation) or convolution.supports(x, kernel[0], 1)
+
+
+def block_forward(
+    x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor,
+    kernel: Sequence[int], dilation: Sequence[int], eps: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``mmuni::dilated_reparam_forward``: y like ``x``, mean and biased variance (branches, C).
+
+    Args:
+        x: (N, C, H, W), not empty.
+        weight: Of all branches, flat: one (C, 1, K, K) after the other. Rounded to the dtype of ``x``.
+        gamma: (branches, C).
+        beta: (C,), the sum over the branches.
+        kernel: Size of each branch.
+        dilation: Of each branch.
+        eps: Of each branch.
+    """
+    plan, planes = _plan(kernel, dilation), layouts.to_planes(x)
+    with torch.cuda.device_of(x):
+        partial = statistics.moments(planes, expand(weight, plan, x.dtype), plan)
+        mean, var, merged, bias = statistics.merge(partial, weight, gamma.contiguous(), beta, plan, (*eps,))
+    y = convolution.forward(planes, merged, bias, 1)
+    return layouts.like(y, x), mean, var
+
+
+def block_stats(
+    x: Tensor, weight: Tensor, branches: int, kernel: Sequence[int], dilation: Sequence[int], eps: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """``mmuni::dilated_reparam_stats``: the statistics alone, see ``block_forward``."""
+    plan = _plan(kernel, dilation)
+    with torch.cuda.device_of(x):
+        partial = statistics.moments(layouts.to_planes(x), expand(weight, plan, x.dtype), plan)
+        return statistics.finish(partial, plan)
+
+
+def block_sums(
+    grad: Tensor, x: Tensor, weight: Tensor, gamma: Tensor, mean: Tensor, var: Tensor,
+    kernel: Sequence[int], dilation: Sequence[int], eps: Sequence[float],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``mmuni::dilated_reparam_sums``: the gradients of gamma (branches, C) and of beta (C,).
+
+    Args:
+        grad: Of the output, (N, C, H, W).
+        x: The input.
+        weight: See ``block_forward``.
+        gamma: (branches, C).
+        mean: (branches, C).
+        var: (branches, C), biased.
+        kernel: Size of each branch.
+        dilation: Of each branch.
+        eps: Of each branch.
+    """
+    plan = _plan(kernel, dilation)
+    grad, x = (layouts.to_planes(t) for t in (grad.to(x.dtype), x))
+    with torch.cuda.device_of(x):
+        return statistics.gradient_sums(grad, x, expand(weight, plan, x.dtype), mean, var, plan, (*eps,))
+
+
+def block_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, gamma: Tensor, mean: Tensor, var: Tensor,
+    sum_gamma: Tensor | None, sum_beta: Tensor | None, count: float, needs_x: bool,
+    kernel: Sequence[int], dilation: Sequence[int], eps: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """``mmuni::dilated_reparam_backward``: gradients of x (empty without ``needs_x``), weight, gamma and beta.
+
+    Args:
+        grad: Of the output, (N, C, H, W).
+        x: The input.
+        weight: See ``block_forward``.
+        gamma: (branches, C).
+        mean: (branches, C).
+        var: (branches, C), biased.
+        sum_gamma: What ``block_sums`` returns first, summed over all processes; None: of this process alone.
+        sum_beta: What it returns second.
+        count: Values of a channel in all processes.
+        needs_x: Whether to compute the gradient of x.
+        kernel: Size of each branch.
+        dilation: Of each branch.
+        eps: Of each branch.
+    """
+    plan, like = _plan(kernel, dilation), x
+    grad, x = (layouts.to_planes(t) for t in (grad.to(x.dtype), x))
+    with torch.cuda.device_of(x):
+        table = expand(weight, plan, x.dtype)
+        if sum_gamma is None or sum_beta is None:
+            sum_gamma, sum_beta = statistics.gradient_sums(grad, x, table, mean, var, plan, (*eps,))
+        else:
+            sum_gamma, sum_beta = sum_gamma.clone(), sum_beta.clone()
+        norm = (gamma.contiguous(), mean, var, sum_gamma, sum_beta, count, (*eps,))
+        grad_weight = _weight_grad(grad, x, weight, table, norm, plan)
+        if not needs_x:
+            return like.new_empty(0), grad_weight, sum_gamma, sum_beta
+        flipped = expand(weight, plan, x.dtype, flipped=True)
+        grad_x = _input_grad(grad, x, table, flipped, norm, plan)
+    return layouts.like(grad_x, like), grad_weight, sum_gamma, sum_beta
+
+
+def _plan(kernel: Sequence[int], dilation: Sequence[int]) -> Plan:
+    return plan_of((*kernel,), (*dilation,))
+
+
+@triton.jit
+def _slopes(gamma_ptr, mean_ptr, var_ptr, sum_gamma_ptr, C, c, count, b: tl.constexpr, EPS: tl.constexpr):
+    """Of branch b: its scale a_b, its mean, and by how much e_b falls for a unit of z_b."""
+    place = b * C + c
+    inverse = 1 / tl.sqrt_rn(tl.load(var_ptr + place) + EPS)
+    slope = tl.load(sum_gamma_ptr + place) * inverse / count
+    return tl.load(gamma_ptr + place) * inverse, tl.load(mean_ptr + place), slope
+
+
+# ------------------------------------------------------------------------------------------ gradient of the input
+
+
+def _input_grad(grad: Tensor, x: Tensor, table: Tensor, flipped: Tensor, norm: tuple, plan: Plan) -> Tensor:
+    n, c, h, w = x.shape
+    tile, branches, reach = tile_of(x), len(plan.kernels), len(plan.taps) // 2
+    rows = tile['ROWS']
+    splits = max(1, min(statistics.splits_of(x, h), n))
+    # Bands of an image whose e_b fit; more bands compute the rows around them twice.
+    room = _SCRATCH // (c * splits * branches * w * x.element_size()) - 2 * reach
+    band = h if h <= room + 2 * reach else max(rows, room // rows * rows)
+    held = min(h, band + 2 * reach)
+    scratch = x.new_empty((c, splits, branches, held, w))
+    out = torch.empty_like(x)
+    _input_grad_kernel[(c, splits)](
+        grad, x, table, flipped, scratch, out, *norm[:-1], n, c, h, w, splits, band, held, plan.taps, norm[-1],
+        plan.rows, LEAD=plan.lead, DEPTH=plan.depth, **tile,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=['N', 'C', 'H', 'W', 'SPLITS', 'BAND', 'HELD'])
+def _input_grad_kernel(
+    grad_ptr, x_ptr, table_ptr, flipped_ptr, scratch_ptr, out_ptr,
+    gamma_ptr, mean_ptr, var_ptr, sum_gamma_ptr, sum_beta_ptr, count, N, C, H, W, SPLITS, BAND, HELD,
+    TAPS: tl.constexpr, EPS: tl.constexpr, TOTAL: tl.constexpr, LEAD: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    BRANCHES: tl.constexpr = len(TAPS[0])
+    REACH: tl.constexpr = len(TAPS) // 2
+    c = tl.program_id(0)
+    split = tl.program_id(1)
+    W = W // ALIGN * ALIGN
+    across = tl.cdiv(W, 16)
+    table = table_ptr + c.to(tl.int64) * (TOTAL * DEPTH * 16)
+    flipped = flipped_ptr + c.to(tl.int64) * (TOTAL * DEPTH * 16)
+    scratch = scratch_ptr + (c * SPLITS + split).to(tl.int64) * BRANCHES * HELD * W
+    offset = tl.load(sum_beta_ptr + c) / count
+    scales, means, slopes = (), (), ()
+    for b in tl.static_range(BRANCHES):
+        scale, mean, slope = _slopes(gamma_ptr, mean_ptr, var_ptr, sum_gamma_ptr, C, c, count, b, EPS[b])
+        scales, means, slopes = scales + (scale,), means + (mean,), slopes + (slope,)
+    bands = tl.cdiv(H, BAND)
+    for part in range(split, N * bands, SPLITS):
+        plane = (part // bands * C + c).to(tl.int64) * H * W
+        top = part % bands * BAND
+        bottom = tl.minimum(top + BAND, H)
+        first = tl.maximum(top - REACH, 0)
+        last = tl.minimum(bottom + REACH, H)
+        for index in range(tl.cdiv(last - first, ROWS) * across):
+            y0 = first + index // across * ROWS
+            x0 = index % across * 16
+            values = branch_values(x_ptr + plane, table, y0, x0, H, W, TAPS, LEAD, DEPTH, ROWS, PRECISION)
+            y = y0 + tl.arange(0, ROWS)
+            centred = load_window(grad_ptr + plane, y, x0, H, W, 0, 16).to(tl.float32) - offset
+            inside = in_map(y0, x0, last, W, ROWS)
+            place = scratch + (y - first)[:, None] * W + (x0 + tl.arange(0, 16))[None, :]
+            for b in tl.static_range(BRANCHES):
+                e = centred - slopes[b] * (values[b] - means[b])
+                tl.store(place + b * HELD * W, e.to(scratch_ptr.dtype.element_ty), mask=inside)
+        tl.debug_barrier()  # each tile reads what its neighbours wrote
+        for index in range(tl.cdiv(bottom - top, ROWS) * across):
+            y0 = top + index // across * ROWS
+            x0 = index % across * 16
+            total = tl.zeros((ROWS, 16), tl.float32)
+            for b in tl.static_range(BRANCHES):
+                sums = tl.zeros((ROWS, 16), tl.float32)
+                for step in tl.static_range(len(TAPS)):
+                    if TAPS[step][b] >= 0:
+                        y = y0 - first + step - REACH + tl.arange(0, ROWS)
+                        window = load_window(scratch + b * HELD * W, y, x0, last - first, W, LEAD, DEPTH)
+                        band = load_band(flipped, TAPS[step][b], DEPTH)
+                        sums = tl.dot(window, band, sums, input_precision=PRECISION)
+                total += scales[b] * sums
+            place = out_ptr + plane + (y0 + tl.arange(0, ROWS))[:, None] * W + (x0 + tl.arange(0, 16))[None, :]
+            tl.store(place, total.to(out_ptr.dtype.element_ty), mask=in_map(y0, x0, bottom, W, ROWS))
+        tl.debug_barrier()  # before the next band overwrites it
+
+
+# ------------------------------------------------------------------------------------------ gradient of the weights
+
+
+@functools.lru_cache(maxsize=256)
+def _groups(plan: Plan) -> list[tuple[tuple[int, ...], int, int]]:
+    """Rows of the table whose Gram matrices one program keeps: the branches these are of, the first and the end."""
+    limit, groups = _GRAMS // plan.depth, []
+    starts = [sum(plan.kernels[:b]) for b in range(len(plan.kernels) + 1)]
+    first = 0
+    while first < plan.rows:
+        ends = [end for end in starts if first < end <= first + limit]  # a branch is cut only where it must be
+        end = ends[-1] if ends else first + limit
+        members = tuple(b for b in range(len(plan.kernels)) if starts[b] < end and starts[b + 1] > first)
+        groups.append((members, first, end))
+        first = end
+    return groups
+
+
+@functools.lru_cache(maxsize=256)
+def _places(plan: Plan, members: tuple[int, ...], first: int, end: int) -> tuple[tuple[int, ...], ...]:
+    """For each Gram matrix: its branch among ``members``, K, dilation, taps of the branches before, and its ky."""
+    places = []
+    for m, b in enumerate(members):
+        k, start = plan.kernels[b], sum(plan.kernels[:b])
+        before = sum(size * size for size in plan.kernels[:b])
+        places += [(m, k, plan.dilations[b], before, row - start) for row in range(max(first, start), min(end, start + k))]
+    return tuple(places)
+
+
+def _weight_grad(grad: Tensor, x: Tensor, weight: Tensor, table: Tensor, norm: tuple, plan: Plan) -> Tensor:
+    n, c, h, w = x.shape
+    tile = tile_of(x)
+    splits = statistics.splits_of(x, tile['ROWS'])
+    out = x.new_empty((splits, weight.numel()), dtype=torch.float32)
+    for members, first, end in _groups(plan):
+        taps = plan.of(members)
+        grams = tuple(tuple(t - first if first <= t < end else -1 for t in row) for row in taps)
+        _weight_grad_kernel[(c, splits)](
+            grad, x, table, out, *norm[:-1], n, c, h, w, splits, weight.numel(), taps, grams,
+            _places(plan, members, first, end), members, norm[-1], plan.rows, LEAD=plan.lead, DEPTH=plan.depth,
+            KX=max(16, triton.next_power_of_2(plan.kernels[members[0]])), **tile,
+        )  # fmt: skip
+    return out.sum(0).to(weight.dtype)
+
+
+@triton.jit(do_not_specialize=['N', 'C', 'H', 'W', 'SPLITS', 'WEIGHTS'])
+def _weight_grad_kernel(
+    grad_ptr, x_ptr, table_ptr, out_ptr, gamma_ptr, mean_ptr, var_ptr, sum_gamma_ptr, sum_beta_ptr, count,
+    N, C, H, W, SPLITS, WEIGHTS, TAPS: tl.constexpr, GRAMS: tl.constexpr, PLACES: tl.constexpr, MEMBERS: tl.constexpr,
+    EPS: tl.constexpr, TOTAL: tl.constexpr, LEAD: tl.constexpr, DEPTH: tl.constexpr, KX: tl.constexpr,
+    ROWS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0)
+    split = tl.program_id(1)
+    W = W // ALIGN * ALIGN
+    table = table_ptr + c.to(tl.int64) * (TOTAL * DEPTH * 16)
+    offset = tl.load(sum_beta_ptr + c) / count
+    scales, means, slopes, grams = (), (), (), ()
+    for m in tl.static_range(len(MEMBERS)):
+        scale, mean, slope = _slopes(
+            gamma_ptr, mean_ptr, var_ptr, sum_gamma_ptr, C, c, count, MEMBERS[m], EPS[MEMBERS[m]]
+        )
+        scales, means, slopes = scales + (scale,), means + (mean,), slopes + (slope,)
+    for _ in tl.static_range(len(PLACES)):
+        grams = grams + (tl.zeros((16, DEPTH), tl.float32),)
+    for index in range(split, N * tl.cdiv(H, ROWS) * tl.cdiv(W, 16), SPLITS):
+        n, y0, x0 = tile_at(index, H, W, ROWS)
+        plane = (n * C + c).to(tl.int64) * H * W
+        values = branch_values(x_ptr + plane, table, y0, x0, H, W, TAPS, LEAD, DEPTH, ROWS, PRECISION)
+        y = y0 + tl.arange(0, ROWS)
+        centred = load_window(grad_ptr + plane, y, x0, H, W, 0, 16).to(tl.float32) - offset
+        inside = in_map(y0, x0, H, W, ROWS)
+        turned = ()
+        for m in tl.static_range(len(MEMBERS)):
+            e = tl.where(inside, centred - slopes[m] * (values[m] - means[m]), 0.0)
+            turned = turned + (tl.trans(e.to(x_ptr.dtype.element_ty)),)
+        for step in tl.static_range(len(TAPS)):
+            window = load_window(x_ptr + plane, y + step - len(TAPS) // 2, x0, H, W, LEAD, DEPTH)
+            for m in tl.static_range(len(MEMBERS)):
+                if GRAMS[step][m] >= 0:
+                    more = tl.dot(turned[m], window, grams[GRAMS[step][m]], input_precision=PRECISION)
+                    grams = grams[: GRAMS[step][m]] + (more,) + grams[GRAMS[step][m] + 1 :]
+    out = out_ptr + split.to(tl.int64) * WEIGHTS
+    i = tl.arange(0, 16)[:, None]
+    kx = tl.arange(0, KX)[None, :]
+    for place in tl.static_range(len(PLACES)):
+        # The sum for a tap is a diagonal of the Gram matrix, whose (i, j) are columns of the tile and of the window.
+        j = i + LEAD - PLACES[place][1] // 2 * PLACES[place][2] + kx * PLACES[place][2]
+        sums = tl.sum(tl.gather(grams[place], tl.minimum(j, DEPTH - 1), axis=1), axis=0) * scales[PLACES[place][0]]
+        tap = PLACES[place][3] * C + (c * PLACES[place][1] + PLACES[place][4]) * PLACES[place][1] + tl.arange(0, KX)
+        tl.store(out + tap, sums, mask=tl.arange(0, KX) < PLACES[place][1])
