@@ -26,8 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import convolution, layouts, statistics
-from .branches import COLUMNS, Plan, branch_values, expand, in_map, load_band, load_window, plan_of, tile_at, tile_of
-from .branches import unsupported as _unsupported
+from .branches import (
+    COLUMNS, Plan, branch_values, expand, in_map, load_band, load_window, plan_of, tile_at, tile_of, to_rows, unsupported,
+)  # fmt: skip
 
 __all__ = ['block_backward', 'block_forward', 'block_stats', 'block_sums', 'block_supports']
 
@@ -37,7 +38,7 @@ _GRAMS = 24 * 32  # columns of Gram matrices that fit into the registers of a pr
 
 def block_supports(x: Tensor, kernel: Sequence[int], dilation: Sequence[int]) -> str:
     """Why there are no kernels for maps like ``x`` (N, C, H, W) and such branches; empty where there are."""
-    return _unsupported(kernel, dilation) or convolution.supports(x, kernel[0], 1)
+    return unsupported(kernel, dilation) or convolution.supports(x, kernel[0], 1)
 
 
 def block_forward(
@@ -57,7 +58,7 @@ def block_forward(
     """
     plan, planes = _plan(kernel, dilation), layouts.to_planes(x)
     with torch.cuda.device_of(x):
-        partial = statistics.moments(planes, expand(weight, plan, x.dtype), plan)
+        partial = statistics.moments(to_rows(planes), x.shape[3], expand(weight, plan, x.dtype), plan)
         mean, var, merged, bias = statistics.merge(partial, weight, gamma.contiguous(), beta, plan, (*eps,))
     y = convolution.forward(planes, merged, bias, 1)
     return layouts.like(y, x), mean, var
@@ -69,7 +70,7 @@ def block_stats(
     """``mmuni::dilated_reparam_stats``: the statistics alone, see ``block_forward``."""
     plan = _plan(kernel, dilation)
     with torch.cuda.device_of(x):
-        partial = statistics.moments(layouts.to_planes(x), expand(weight, plan, x.dtype), plan)
+        partial = statistics.moments(to_rows(x), x.shape[3], expand(weight, plan, x.dtype), plan)
         return statistics.finish(partial, plan)
 
 
@@ -90,10 +91,10 @@ def block_sums(
         dilation: Of each branch.
         eps: Of each branch.
     """
-    plan = _plan(kernel, dilation)
-    grad, x = (layouts.to_planes(t) for t in (grad.to(x.dtype), x))
+    plan, width = _plan(kernel, dilation), x.shape[3]
     with torch.cuda.device_of(x):
-        return statistics.gradient_sums(grad, x, expand(weight, plan, x.dtype), mean, var, plan, (*eps,))
+        table, grad, x = expand(weight, plan, x.dtype), to_rows(grad.to(x.dtype)), to_rows(x)
+        return statistics.gradient_sums(grad, x, width, table, mean, var, plan, (*eps,))
 
 
 def block_backward(
@@ -118,20 +119,19 @@ def block_backward(
         dilation: Of each branch.
         eps: Of each branch.
     """
-    plan, like = _plan(kernel, dilation), x
-    grad, x = (layouts.to_planes(t) for t in (grad.to(x.dtype), x))
+    plan, like, width = _plan(kernel, dilation), x, x.shape[3]
     with torch.cuda.device_of(x):
-        table = expand(weight, plan, x.dtype)
+        table, grad, x = expand(weight, plan, x.dtype), to_rows(grad.to(x.dtype)), to_rows(x)
         if sum_gamma is None or sum_beta is None:
-            sum_gamma, sum_beta = statistics.gradient_sums(grad, x, table, mean, var, plan, (*eps,))
+            sum_gamma, sum_beta = statistics.gradient_sums(grad, x, width, table, mean, var, plan, (*eps,))
         else:
             sum_gamma, sum_beta = sum_gamma.clone(), sum_beta.clone()
         norm = (gamma.contiguous(), mean, var, sum_gamma, sum_beta, count, (*eps,))
-        grad_weight = _weight_grad(grad, x, weight, table, norm, plan)
+        grad_weight = _weight_grad(grad, x, width, weight, table, norm, plan)
         if not needs_x:
             return like.new_empty(0), grad_weight, sum_gamma, sum_beta
         flipped = expand(weight, plan, x.dtype, flipped=True)
-        grad_x = _input_grad(grad, x, table, flipped, norm, plan)
+        grad_x = _input_grad(grad, x, width, table, flipped, norm, plan)
     return layouts.like(grad_x, like), grad_weight, sum_gamma, sum_beta
 
 
@@ -151,28 +151,30 @@ def _slopes(gamma_ptr, mean_ptr, var_ptr, sum_gamma_ptr, C, c, count, b: tl.cons
 # ------------------------------------------------------------------------------------------ gradient of the input
 
 
-def _input_grad(grad: Tensor, x: Tensor, table: Tensor, flipped: Tensor, norm: tuple, plan: Plan) -> Tensor:
-    n, c, h, w = x.shape
+def _input_grad(
+    grad: Tensor, x: Tensor, width: int, table: Tensor, flipped: Tensor, norm: tuple, plan: Plan
+) -> Tensor:
+    n, c, h, pitch = x.shape
     tile, branches, reach = tile_of(x), len(plan.kernels), len(plan.taps) // 2
     rows = tile['ROWS']
     splits = max(1, min(statistics.splits_of(x, h), n))
     # Bands of an image whose e_b fit; more bands compute the rows around them twice.
-    room = _SCRATCH // (c * splits * branches * w * x.element_size()) - 2 * reach
+    room = _SCRATCH // (c * splits * branches * pitch * x.element_size()) - 2 * reach
     band = h if h <= room + 2 * reach else max(rows, room // rows * rows)
     held = min(h, band + 2 * reach)
-    scratch = x.new_empty((c, splits, branches, held, w))
-    out = torch.empty_like(x)
+    scratch = x.new_empty((c, splits, branches, held, pitch))
+    out = x.new_empty((n, c, h, width))
     _input_grad_kernel[(c, splits)](
-        grad, x, table, flipped, scratch, out, *norm[:-1], n, c, h, w, splits, band, held, plan.taps, norm[-1],
+        grad, x, table, flipped, scratch, out, *norm[:-1], n, c, h, width, pitch, splits, band, held, plan.taps, norm[-1],
         plan.rows, LEAD=plan.lead, DEPTH=plan.depth, **tile,
     )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=['N', 'C', 'H', 'W', 'SPLITS', 'BAND', 'HELD'])
+@triton.jit(do_not_specialize=['N', 'C', 'H', 'W', 'pitch', 'SPLITS', 'BAND', 'HELD'])
 def _input_grad_kernel(
     grad_ptr, x_ptr, table_ptr, flipped_ptr, scratch_ptr, out_ptr,
-    gamma_ptr, mean_ptr, var_ptr, sum_gamma_ptr, sum_beta_ptr, count, N, C, H, W, SPLITS, BAND, HELD,
+    gamma_ptr, mean_ptr, var_ptr, sum_gamma_ptr, sum_beta_ptr, count, N, C, H, W, pitch, SPLITS, BAND, HELD,
     TAPS: tl.constexpr, EPS: tl.constexpr, TOTAL: tl.constexpr, LEAD: tl.constexpr, DEPTH: tl.constexpr,
     ROWS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -180,11 +182,11 @@ def _input_grad_kernel(
     REACH: tl.constexpr = len(TAPS) // 2
     c = tl.program_id(0)
     split = tl.program_id(1)
-    W = W // ALIGN * ALIGN
+    pitch = pitch // ALIGN * ALIGN
     across = tl.cdiv(W, 16)
     table = table_ptr + c.to(tl.int64) * (TOTAL * DEPTH * 16)
     flipped = flipped_ptr + c.to(tl.int64) * (TOTAL * DEPTH * 16)
-    scratch = scratch_ptr + (c * SPLITS + split).to(tl.int64) * BRANCHES * HELD * W
+    scratch = scratch_ptr + (c * SPLITS + split).to(tl.int64) * BRANCHES * HELD * pitch
     offset = tl.load(sum_beta_ptr + c) / count
     scales, means, slopes = (), (), ()
     for b in tl.static_range(BRANCHES):
@@ -192,7 +194,8 @@ def _input_grad_kernel(
         scales, means, slopes = scales + (scale,), means + (mean,), slopes + (slope,)
     bands = tl.cdiv(H, BAND)
     for part in range(split, N * bands, SPLITS):
-        plane = (part // bands * C + c).to(tl.int64) * H * W
+        image = (part // bands * C + c).to(tl.int64) * H
+        plane = image * pitch
         top = part % bands * BAND
         bottom = tl.minimum(top + BAND, H)
         first = tl.maximum(top - REACH, 0)
@@ -200,14 +203,15 @@ def _input_grad_kernel(
         for index in range(tl.cdiv(last - first, ROWS) * across):
             y0 = first + index // across * ROWS
             x0 = index % across * 16
-            values = branch_values(x_ptr + plane, table, y0, x0, H, W, TAPS, LEAD, DEPTH, ROWS, PRECISION)
+            values = branch_values(x_ptr + plane, table, y0, x0, H, pitch, TAPS, LEAD, DEPTH, ROWS, PRECISION)
             y = y0 + tl.arange(0, ROWS)
-            centred = load_window(grad_ptr + plane, y, x0, H, W, 0, 16).to(tl.float32) - offset
-            inside = in_map(y0, x0, last, W, ROWS)
-            place = scratch + (y - first)[:, None] * W + (x0 + tl.arange(0, 16))[None, :]
+            centred = load_window(grad_ptr + plane, y, x0, H, pitch, 0, 16).to(tl.float32) - offset
+            inside = in_map(y0, x0, H, W, ROWS)
+            held = in_map(y0, x0, last, pitch, ROWS)
+            place = scratch + (y - first)[:, None] * pitch + (x0 + tl.arange(0, 16))[None, :]
             for b in tl.static_range(BRANCHES):
-                e = centred - slopes[b] * (values[b] - means[b])
-                tl.store(place + b * HELD * W, e.to(scratch_ptr.dtype.element_ty), mask=inside)
+                e = tl.where(inside, centred - slopes[b] * (values[b] - means[b]), 0.0)
+                tl.store(place + b * HELD * pitch, e.to(scratch_ptr.dtype.element_ty), mask=held)
         tl.debug_barrier()  # each tile reads what its neighbours wrote
         for index in range(tl.cdiv(bottom - top, ROWS) * across):
             y0 = top + index // across * ROWS
@@ -218,11 +222,11 @@ def _input_grad_kernel(
                 for step in tl.static_range(len(TAPS)):
                     if TAPS[step][b] >= 0:
                         y = y0 - first + step - REACH + tl.arange(0, ROWS)
-                        window = load_window(scratch + b * HELD * W, y, x0, last - first, W, LEAD, DEPTH)
+                        window = load_window(scratch + b * HELD * pitch, y, x0, last - first, pitch, LEAD, DEPTH)
                         band = load_band(flipped, TAPS[step][b], DEPTH)
                         sums = tl.dot(window, band, sums, input_precision=PRECISION)
                 total += scales[b] * sums
-            place = out_ptr + plane + (y0 + tl.arange(0, ROWS))[:, None] * W + (x0 + tl.arange(0, 16))[None, :]
+            place = out_ptr + image * W + (y0 + tl.arange(0, ROWS))[:, None] * W + (x0 + tl.arange(0, 16))[None, :]
             tl.store(place, total.to(out_ptr.dtype.element_ty), mask=in_map(y0, x0, bottom, W, ROWS))
         tl.debug_barrier()  # before the next band overwrites it
 
@@ -256,8 +260,10 @@ def _places(plan: Plan, members: tuple[int, ...], first: int, end: int) -> tuple
     return tuple(places)
 
 
-def _weight_grad(grad: Tensor, x: Tensor, weight: Tensor, table: Tensor, norm: tuple, plan: Plan) -> Tensor:
-    n, c, h, w = x.shape
+def _weight_grad(
+    grad: Tensor, x: Tensor, width: int, weight: Tensor, table: Tensor, norm: tuple, plan: Plan
+) -> Tensor:
+    n, c, h, pitch = x.shape
     tile = tile_of(x)
     splits = statistics.splits_of(x, tile['ROWS'])
     out = x.new_empty((splits, weight.numel()), dtype=torch.float32)
@@ -265,23 +271,23 @@ def _weight_grad(grad: Tensor, x: Tensor, weight: Tensor, table: Tensor, norm: t
         taps = plan.of(members)
         grams = tuple(tuple(t - first if first <= t < end else -1 for t in row) for row in taps)
         _weight_grad_kernel[(c, splits)](
-            grad, x, table, out, *norm[:-1], n, c, h, w, splits, weight.numel(), taps, grams,
+            grad, x, table, out, *norm[:-1], n, c, h, width, pitch, splits, weight.numel(), taps, grams,
             _places(plan, members, first, end), members, norm[-1], plan.rows, LEAD=plan.lead, DEPTH=plan.depth,
             KX=max(16, triton.next_power_of_2(plan.kernels[members[0]])), **tile,
         )  # fmt: skip
     return out.sum(0).to(weight.dtype)
 
 
-@triton.jit(do_not_specialize=['N', 'C', 'H', 'W', 'SPLITS', 'WEIGHTS'])
+@triton.jit(do_not_specialize=['N', 'C', 'H', 'W', 'pitch', 'SPLITS', 'WEIGHTS'])
 def _weight_grad_kernel(
     grad_ptr, x_ptr, table_ptr, out_ptr, gamma_ptr, mean_ptr, var_ptr, sum_gamma_ptr, sum_beta_ptr, count,
-    N, C, H, W, SPLITS, WEIGHTS, TAPS: tl.constexpr, GRAMS: tl.constexpr, PLACES: tl.constexpr, MEMBERS: tl.constexpr,
+    N, C, H, W, pitch, SPLITS, WEIGHTS, TAPS: tl.constexpr, GRAMS: tl.constexpr, PLACES: tl.constexpr, MEMBERS: tl.constexpr,
     EPS: tl.constexpr, TOTAL: tl.constexpr, LEAD: tl.constexpr, DEPTH: tl.constexpr, KX: tl.constexpr,
     ROWS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0)
     split = tl.program_id(1)
-    W = W // ALIGN * ALIGN
+    pitch = pitch // ALIGN * ALIGN
     table = table_ptr + c.to(tl.int64) * (TOTAL * DEPTH * 16)
     offset = tl.load(sum_beta_ptr + c) / count
     scales, means, slopes, grams = (), (), (), ()
@@ -294,17 +300,17 @@ def _weight_grad_kernel(
         grams = grams + (tl.zeros((16, DEPTH), tl.float32),)
     for index in range(split, N * tl.cdiv(H, ROWS) * tl.cdiv(W, 16), SPLITS):
         n, y0, x0 = tile_at(index, H, W, ROWS)
-        plane = (n * C + c).to(tl.int64) * H * W
-        values = branch_values(x_ptr + plane, table, y0, x0, H, W, TAPS, LEAD, DEPTH, ROWS, PRECISION)
+        plane = (n * C + c).to(tl.int64) * H * pitch
+        values = branch_values(x_ptr + plane, table, y0, x0, H, pitch, TAPS, LEAD, DEPTH, ROWS, PRECISION)
         y = y0 + tl.arange(0, ROWS)
-        centred = load_window(grad_ptr + plane, y, x0, H, W, 0, 16).to(tl.float32) - offset
+        centred = load_window(grad_ptr + plane, y, x0, H, pitch, 0, 16).to(tl.float32) - offset
         inside = in_map(y0, x0, H, W, ROWS)
         turned = ()
         for m in tl.static_range(len(MEMBERS)):
             e = tl.where(inside, centred - slopes[m] * (values[m] - means[m]), 0.0)
             turned = turned + (tl.trans(e.to(x_ptr.dtype.element_ty)),)
         for step in tl.static_range(len(TAPS)):
-            window = load_window(x_ptr + plane, y + step - len(TAPS) // 2, x0, H, W, LEAD, DEPTH)
+            window = load_window(x_ptr + plane, y + step - len(TAPS) // 2, x0, H, pitch, LEAD, DEPTH)
             for m in tl.static_range(len(MEMBERS)):
                 if GRAMS[step][m] >= 0:
                     more = tl.dot(turned[m], window, grams[GRAMS[step][m]], input_precision=PRECISION)

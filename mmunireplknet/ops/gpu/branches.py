@@ -3,7 +3,8 @@
 
 A row of a kernel over 16 neighbouring columns is a matrix product with a banded (Toeplitz) matrix. All branches look at
 the same window of the map, so that each of its rows is read once for all of them; the matrices of the smaller branches
-have zeros around their band. The window begins at a multiple of 8 pixels, for loads of 16 bytes.
+have zeros around their band. The window begins at a multiple of 8 pixels and rows of the map at one of 4 or 8, for loads
+of 8 or 16 bytes: maps of other widths are copied first, with zeros at the end of every row.
 """
 
 from __future__ import annotations
@@ -13,14 +14,19 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ['COLUMNS', 'Plan', 'branch_values', 'expand', 'plan_of', 'tile_of']
+from . import layouts
+from .convolution import precision
+
+__all__ = ['COLUMNS', 'Plan', 'branch_values', 'expand', 'plan_of', 'tile_of', 'to_rows', 'unsupported']
 
 COLUMNS = 16  # of a tile: the N of the matrix products
 _MAX_SIZE = 31
+_VECTOR = 8  # pixels of 2 bytes in the widest load
 
 
 class Plan(NamedTuple):
@@ -84,10 +90,16 @@ def _reaches(kernels: Sequence[int], dilations: Sequence[int]) -> list[int]:
     return [k // 2 * d for k, d in zip(kernels, dilations, strict=True)]
 
 
+def to_rows(x: Tensor) -> Tensor:
+    """``x`` (N, C, H, W) as contiguous planes (N, C, H, pitch), pitch a multiple of 4: zeros fill the rows."""
+    x, w = layouts.to_planes(x), x.shape[3]
+    return x if w % 4 == 0 else F.pad(x, (0, -w % _VECTOR))
+
+
 def tile_of(x: Tensor) -> dict[str, Any]:
-    """How large the tiles of ``x`` (N, C, H, W) are, and how their matrix products are computed."""
-    align = next(a for a in (8, 4, 2, 1) if x.shape[3] % a == 0)
-    return {'ROWS': 32, 'ALIGN': align, 'PRECISION': 'ieee', 'num_warps': 4, 'num_stages': 1}
+    """How large the tiles of ``x`` (N, C, H, pitch) are, and how their matrix products are computed."""
+    align = _VECTOR if x.shape[3] % _VECTOR == 0 else 4
+    return {'ROWS': 32, 'ALIGN': align, 'PRECISION': precision(x), 'num_warps': 4, 'num_stages': 1}
 
 
 def expand(weight: Tensor, plan: Plan, dtype: torch.dtype, flipped: bool = False) -> Tensor:
@@ -134,11 +146,11 @@ def _expand_kernel(
 
 
 @triton.jit
-def load_window(plane, y, x0, H, W, LEAD: tl.constexpr, DEPTH: tl.constexpr):
+def load_window(plane, y, x0, H, PITCH, LEAD: tl.constexpr, DEPTH: tl.constexpr):
     """Rows ``y`` of the window of the tile that begins in column ``x0``: zeros outside of the map."""
     columns = x0 - LEAD + tl.arange(0, DEPTH)
-    inside = ((y >= 0) & (y < H))[:, None] & ((columns >= 0) & (columns < W))[None, :]
-    return tl.load(plane + y[:, None] * W + columns[None, :], mask=inside, other=0.0)
+    inside = ((y >= 0) & (y < H))[:, None] & ((columns >= 0) & (columns < PITCH))[None, :]
+    return tl.load(plane + y[:, None] * PITCH + columns[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -149,7 +161,7 @@ def load_band(table, row, DEPTH: tl.constexpr):
 
 @triton.jit
 def branch_values(
-    plane, table, y0, x0, H, W, TAPS: tl.constexpr, LEAD: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
+    plane, table, y0, x0, H, PITCH, TAPS: tl.constexpr, LEAD: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs of the branches of ``TAPS`` in the tile at (y0, x0): a tuple of (ROWS, 16) in float32."""
@@ -157,7 +169,7 @@ def branch_values(
     for _ in tl.static_range(len(TAPS[0])):
         values = values + (tl.zeros((ROWS, 16), tl.float32),)
     for step in tl.static_range(len(TAPS)):
-        window = load_window(plane, y0 + step - len(TAPS) // 2 + tl.arange(0, ROWS), x0, H, W, LEAD, DEPTH)
+        window = load_window(plane, y0 + step - len(TAPS) // 2 + tl.arange(0, ROWS), x0, H, PITCH, LEAD, DEPTH)
         for b in tl.static_range(len(TAPS[0])):
             if TAPS[step][b] >= 0:
                 band = load_band(table, TAPS[step][b], DEPTH)

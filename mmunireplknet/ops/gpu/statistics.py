@@ -21,38 +21,39 @@ _PROGRAMS = 1024  # enough for 132 multiprocessors, a handful on each
 
 
 def splits_of(x: Tensor, rows: int) -> int:
-    """How many programs share the tiles of a channel of ``x`` (N, C, H, W)."""
+    """How many programs share the tiles of a channel of ``x`` (N, C, H, pitch)."""
     n, c, h, w = x.shape
     return max(1, min(triton.cdiv(_PROGRAMS, c), n * triton.cdiv(h, rows) * triton.cdiv(w, COLUMNS)))
 
 
-def moments(x: Tensor, table: Tensor, plan: Plan) -> Tensor:
+def moments(x: Tensor, width: int, table: Tensor, plan: Plan) -> Tensor:
     """Partial statistics (splits, 2 branches + 1, C): means, sums of squared deviations from them, and the count.
 
     Args:
-        x: (N, C, H, W), contiguous.
+        x: (N, C, H, pitch), see ``branches.to_rows``.
+        width: W of the map.
         table: See ``branches.expand``.
         plan: Of the branches.
     """
-    n, c, h, w = x.shape
+    n, c, h, pitch = x.shape
     tile = tile_of(x)
     splits = splits_of(x, tile['ROWS'])
     out = x.new_empty((splits, 2 * len(plan.kernels) + 1, c), dtype=torch.float32)
     _moments_kernel[(c, splits)](
-        x, table, out, n, c, h, w, splits, plan.taps, plan.rows, LEAD=plan.lead, DEPTH=plan.depth, **tile
+        x, table, out, n, c, h, width, pitch, splits, plan.taps, plan.rows, LEAD=plan.lead, DEPTH=plan.depth, **tile
     )
     return out
 
 
-@triton.jit(do_not_specialize=['N', 'C', 'H', 'W', 'SPLITS'])
+@triton.jit(do_not_specialize=['N', 'C', 'H', 'W', 'pitch', 'SPLITS'])
 def _moments_kernel(
-    x_ptr, table_ptr, out_ptr, N, C, H, W, SPLITS, TAPS: tl.constexpr, TOTAL: tl.constexpr, LEAD: tl.constexpr,
+    x_ptr, table_ptr, out_ptr, N, C, H, W, pitch, SPLITS, TAPS: tl.constexpr, TOTAL: tl.constexpr, LEAD: tl.constexpr,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     BRANCHES: tl.constexpr = len(TAPS[0])
     c = tl.program_id(0)
     split = tl.program_id(1)
-    W = W // ALIGN * ALIGN  # which tells the compiler what divides W
+    pitch = pitch // ALIGN * ALIGN  # which tells the compiler what divides it
     table = table_ptr + c.to(tl.int64) * (TOTAL * DEPTH * 16)
     # Each row of the tiles keeps its own statistics: no exchange between the warps but at the end.
     count = tl.zeros((ROWS,), tl.float32)
@@ -63,8 +64,8 @@ def _moments_kernel(
         squares = squares + (tl.zeros((ROWS,), tl.float32),)
     for index in range(split, N * tl.cdiv(H, ROWS) * tl.cdiv(W, 16), SPLITS):
         n, y0, x0 = tile_at(index, H, W, ROWS)
-        plane = x_ptr + (n * C + c).to(tl.int64) * H * W
-        values = branch_values(plane, table, y0, x0, H, W, TAPS, LEAD, DEPTH, ROWS, PRECISION)
+        plane = x_ptr + (n * C + c).to(tl.int64) * H * pitch
+        values = branch_values(plane, table, y0, x0, H, pitch, TAPS, LEAD, DEPTH, ROWS, PRECISION)
         valid = in_map(y0, x0, H, W, ROWS)
         fresh = tl.sum(valid.to(tl.float32), axis=1)
         inverse = 1 / tl.maximum(fresh, 1)
@@ -169,40 +170,41 @@ def _merge_kernel(
 
 
 def gradient_sums(
-    grad: Tensor, x: Tensor, table: Tensor, mean: Tensor, var: Tensor, plan: Plan, eps: tuple[float, ...]
+    grad: Tensor, x: Tensor, width: int, table: Tensor, mean: Tensor, var: Tensor, plan: Plan, eps: tuple[float, ...]
 ) -> tuple[Tensor, Tensor]:
     """``sum g (z_b - mean_b) / sqrt(var_b + eps_b)``, (branches, C), and ``sum g``, (C,), in float32.
 
     Args:
-        grad: g, the gradient of the sum of the branches, (N, C, H, W), contiguous.
+        grad: g, the gradient of the sum of the branches, (N, C, H, pitch), see ``branches.to_rows``.
         x: Like ``grad``.
+        width: W of the map.
         table: See ``branches.expand``.
         mean: (branches, C).
         var: (branches, C), biased.
         plan: Of the branches.
         eps: One a branch.
     """
-    n, c, h, w = x.shape
+    n, c, h, pitch = x.shape
     tile, branches = tile_of(x), len(plan.kernels)
     splits = splits_of(x, tile['ROWS'])
     out = x.new_empty((splits, branches + 1, c), dtype=torch.float32)
     _gradient_sums_kernel[(c, splits)](
-        grad, x, table, mean, var, out, n, c, h, w, splits, plan.taps, eps, plan.rows, LEAD=plan.lead,
+        grad, x, table, mean, var, out, n, c, h, width, pitch, splits, plan.taps, eps, plan.rows, LEAD=plan.lead,
         DEPTH=plan.depth, **tile,
     )  # fmt: skip
     return out[:, :branches].sum(0), out[:, branches].sum(0)
 
 
-@triton.jit(do_not_specialize=['N', 'C', 'H', 'W', 'SPLITS'])
+@triton.jit(do_not_specialize=['N', 'C', 'H', 'W', 'pitch', 'SPLITS'])
 def _gradient_sums_kernel(
-    grad_ptr, x_ptr, table_ptr, mean_ptr, var_ptr, out_ptr, N, C, H, W, SPLITS, TAPS: tl.constexpr, EPS: tl.constexpr,
+    grad_ptr, x_ptr, table_ptr, mean_ptr, var_ptr, out_ptr, N, C, H, W, pitch, SPLITS, TAPS: tl.constexpr, EPS: tl.constexpr,
     TOTAL: tl.constexpr, LEAD: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     BRANCHES: tl.constexpr = len(TAPS[0])
     c = tl.program_id(0)
     split = tl.program_id(1)
-    W = W // ALIGN * ALIGN
+    pitch = pitch // ALIGN * ALIGN
     table = table_ptr + c.to(tl.int64) * (TOTAL * DEPTH * 16)
     total = tl.zeros((ROWS,), tl.float32)
     sums = ()
@@ -212,9 +214,9 @@ def _gradient_sums_kernel(
         means = means + (tl.load(mean_ptr + b * C + c),)
     for index in range(split, N * tl.cdiv(H, ROWS) * tl.cdiv(W, 16), SPLITS):
         n, y0, x0 = tile_at(index, H, W, ROWS)
-        offset = (n * C + c).to(tl.int64) * H * W
-        values = branch_values(x_ptr + offset, table, y0, x0, H, W, TAPS, LEAD, DEPTH, ROWS, PRECISION)
-        grad = load_window(grad_ptr + offset, y0 + tl.arange(0, ROWS), x0, H, W, 0, 16).to(tl.float32)
+        offset = (n * C + c).to(tl.int64) * H * pitch
+        values = branch_values(x_ptr + offset, table, y0, x0, H, pitch, TAPS, LEAD, DEPTH, ROWS, PRECISION)
+        grad = load_window(grad_ptr + offset, y0 + tl.arange(0, ROWS), x0, H, pitch, 0, 16).to(tl.float32)
         total += tl.sum(grad, axis=1)
         for b in tl.static_range(BRANCHES):
             more = sums[b] + tl.sum(grad * (values[b] - means[b]), axis=1)  # grad is 0 outside of the map

@@ -1,0 +1,89 @@
+"""What the functions of the GPU package launch, for maps of any size: recorded on meta tensors, compiled without a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+TOOLS = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
+
+
+class Resources(NamedTuple):
+    """Of a compiled kernel; ``stack`` is 0 unless registers are spilled, ``instructions`` counts by opcode."""
+
+    registers: int
+    stack: int
+    shared: int
+    instructions: Counter
+
+
+class Launch(NamedTuple):
+    """One kernel with its arguments."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple
+    kwargs: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+    def arguments(self) -> dict[str, Any]:
+        """By name."""
+        return dict(self.kernel.signature.bind_partial(*self.args).arguments) | self.kwargs
+
+    def resources(self, capability: int, folder: Path) -> Resources:
+        """Compile it as a launch on a GPU of this compute capability would."""
+        target = GPUTarget('cuda', capability, 32)
+        backend = CUDABackend(target)
+        bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
+        bound, specialization, options = bind(*self.args, **self.kwargs)
+        options, signature, constants, attributes = self.kernel._pack_args(
+            backend, dict(self.kwargs), bound, specialization, options
+        )
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        compiled = triton.compile(source, target=target, options=options.__dict__)
+        binary = folder / f'{self.name}.{capability}.cubin'
+        binary.write_bytes(compiled.asm['cubin'])
+        usage = _run('cuobjdump', '-res-usage', binary)
+        registers, stack = (int(re.search(rf'{word}:(\d+)', usage)[1]) for word in ('REG', 'STACK'))
+        code = _run('nvdisasm', '-c', binary)
+        opcodes = re.findall(r'^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z]\w+)', code, re.MULTILINE)
+        return Resources(registers, stack, compiled.metadata.shared, Counter(opcodes))
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Launch nothing, and list what would have been launched."""
+    launches: list[Launch] = []
+
+    def record(kernel: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
+        launches.append(Launch(kernel, grid, args, kwargs))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, 'run', record)
+        yield launches
+
+
+def launches_of(function: Callable, *args: Any) -> list[Launch]:
+    """What ``function`` launches."""
+    with recorded() as launches:
+        function(*args)
+    return launches
+
+
+def _run(tool: str, *args: Any) -> str:
+    return subprocess.run([TOOLS / tool, *args], check=True, capture_output=True, text=True).stdout
