@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import convolution, layouts, statistics
 from .branches import (
-    COLUMNS, Plan, branch_values, expand, in_map, load_band, load_window, plan_of, tile_at, tile_of, to_rows, unsupported,
+    COLUMNS, Plan, branch_values, in_map, load_bands, load_window, plan_of, tile_at, tile_of, to_rows, unsupported,
 )  # fmt: skip
 
 __all__ = ['block_backward', 'block_forward', 'block_stats', 'block_sums', 'block_supports']
@@ -58,7 +58,7 @@ def block_forward(
     """
     plan, planes = _plan(kernel, dilation), layouts.to_planes(x)
     with torch.cuda.device_of(x):
-        partial = statistics.moments(to_rows(planes), x.shape[3], expand(weight, plan, x.dtype), plan)
+        partial = statistics.moments(to_rows(planes), x.shape[3], weight, plan)
         mean, var, merged, bias = statistics.merge(partial, weight, gamma.contiguous(), beta, plan, (*eps,))
     y = convolution.forward(planes, merged, bias, 1)
     return layouts.like(y, x), mean, var
@@ -70,7 +70,7 @@ def block_stats(
     """``mmuni::dilated_reparam_stats``: the statistics alone, see ``block_forward``."""
     plan = _plan(kernel, dilation)
     with torch.cuda.device_of(x):
-        partial = statistics.moments(to_rows(x), x.shape[3], expand(weight, plan, x.dtype), plan)
+        partial = statistics.moments(to_rows(x), x.shape[3], weight, plan)
         return statistics.finish(partial, plan)
 
 
@@ -93,8 +93,8 @@ def block_sums(
     """
     plan, width = _plan(kernel, dilation), x.shape[3]
     with torch.cuda.device_of(x):
-        table, grad, x = expand(weight, plan, x.dtype), to_rows(grad.to(x.dtype)), to_rows(x)
-        return statistics.gradient_sums(grad, x, width, table, mean, var, plan, (*eps,))
+        grad, x = to_rows(grad.to(x.dtype)), to_rows(x)
+        return statistics.gradient_sums(grad, x, width, weight, mean, var, plan, (*eps,))
 
 
 def block_backward(
@@ -121,17 +121,16 @@ def block_backward(
     """
     plan, like, width = _plan(kernel, dilation), x, x.shape[3]
     with torch.cuda.device_of(x):
-        table, grad, x = expand(weight, plan, x.dtype), to_rows(grad.to(x.dtype)), to_rows(x)
+        grad, x = to_rows(grad.to(x.dtype)), to_rows(x)
         if sum_gamma is None or sum_beta is None:
-            sum_gamma, sum_beta = statistics.gradient_sums(grad, x, width, table, mean, var, plan, (*eps,))
+            sum_gamma, sum_beta = statistics.gradient_sums(grad, x, width, weight, mean, var, plan, (*eps,))
         else:
             sum_gamma, sum_beta = sum_gamma.clone(), sum_beta.clone()
         norm = (gamma.contiguous(), mean, var, sum_gamma, sum_beta, count, (*eps,))
-        grad_weight = _weight_grad(grad, x, width, weight, table, norm, plan)
+        grad_weight = _weight_grad(grad, x, width, weight, norm, plan)
         if not needs_x:
             return like.new_empty(0), grad_weight, sum_gamma, sum_beta
-        flipped = expand(weight, plan, x.dtype, flipped=True)
-        grad_x = _input_grad(grad, x, width, table, flipped, norm, plan)
+        grad_x = _input_grad(grad, x, width, weight, norm, plan)
     return layouts.like(grad_x, like), grad_weight, sum_gamma, sum_beta
 
 
@@ -151,32 +150,30 @@ def _slopes(gamma_ptr, mean_ptr, var_ptr, sum_gamma_ptr, C, c, count, b: tl.cons
 # ------------------------------------------------------------------------------------------ gradient of the input
 
 
-def _input_grad(
-    grad: Tensor, x: Tensor, width: int, table: Tensor, flipped: Tensor, norm: tuple, plan: Plan
-) -> Tensor:
+def _input_grad(grad: Tensor, x: Tensor, width: int, weight: Tensor, norm: tuple, plan: Plan) -> Tensor:
     n, c, h, pitch = x.shape
     tile, branches, reach = tile_of(x), len(plan.kernels), len(plan.taps) // 2
     rows = tile['ROWS']
     splits = max(1, min(statistics.splits_of(x, h), n))
-    # Bands of an image whose e_b fit; more bands compute the rows around them twice.
+    # Strips of an image whose e_b fit; more strips compute the rows around them twice.
     room = _SCRATCH // (c * splits * branches * pitch * x.element_size()) - 2 * reach
-    band = h if h <= room + 2 * reach else max(rows, room // rows * rows)
-    held = min(h, band + 2 * reach)
+    strip = h if h <= room + 2 * reach else max(rows, room // rows * rows)
+    held = min(h, strip + 2 * reach)
     scratch = x.new_empty((c, splits, branches, held, pitch))
     out = x.new_empty((n, c, h, width))
     _input_grad_kernel[(c, splits)](
-        grad, x, table, flipped, scratch, out, *norm[:-1], n, c, h, width, pitch, splits, band, held, plan.taps, norm[-1],
-        plan.rows, LEAD=plan.lead, DEPTH=plan.depth, **tile,
+        grad, x, weight, scratch, out, *norm[:-1], n, c, h, width, pitch, splits, strip, held, EPS=norm[-1],
+        **plan.constants(), **tile,
     )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=['N', 'C', 'H', 'W', 'pitch', 'SPLITS', 'BAND', 'HELD'])
+@triton.jit(do_not_specialize=['N', 'C', 'H', 'W', 'pitch', 'SPLITS', 'STRIP', 'HELD'])
 def _input_grad_kernel(
-    grad_ptr, x_ptr, table_ptr, flipped_ptr, scratch_ptr, out_ptr,
-    gamma_ptr, mean_ptr, var_ptr, sum_gamma_ptr, sum_beta_ptr, count, N, C, H, W, pitch, SPLITS, BAND, HELD,
-    TAPS: tl.constexpr, EPS: tl.constexpr, TOTAL: tl.constexpr, LEAD: tl.constexpr, DEPTH: tl.constexpr,
-    ROWS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    grad_ptr, x_ptr, weight_ptr, scratch_ptr, out_ptr,
+    gamma_ptr, mean_ptr, var_ptr, sum_gamma_ptr, sum_beta_ptr, count, N, C, H, W, pitch, SPLITS, STRIP, HELD,
+    EPS: tl.constexpr, KERNELS: tl.constexpr, DILATIONS: tl.constexpr, BEFORE: tl.constexpr, TAPS: tl.constexpr,
+    LEAD: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     BRANCHES: tl.constexpr = len(TAPS[0])
     REACH: tl.constexpr = len(TAPS) // 2
@@ -184,26 +181,26 @@ def _input_grad_kernel(
     split = tl.program_id(1)
     pitch = pitch // ALIGN * ALIGN
     across = tl.cdiv(W, 16)
-    table = table_ptr + c.to(tl.int64) * (TOTAL * DEPTH * 16)
-    flipped = flipped_ptr + c.to(tl.int64) * (TOTAL * DEPTH * 16)
+    bands = load_bands(weight_ptr, x_ptr, C, c, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH, False)
+    turned = load_bands(weight_ptr, x_ptr, C, c, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH, True)
     scratch = scratch_ptr + (c * SPLITS + split).to(tl.int64) * BRANCHES * HELD * pitch
     offset = tl.load(sum_beta_ptr + c) / count
     scales, means, slopes = (), (), ()
     for b in tl.static_range(BRANCHES):
         scale, mean, slope = _slopes(gamma_ptr, mean_ptr, var_ptr, sum_gamma_ptr, C, c, count, b, EPS[b])
         scales, means, slopes = scales + (scale,), means + (mean,), slopes + (slope,)
-    bands = tl.cdiv(H, BAND)
-    for part in range(split, N * bands, SPLITS):
-        image = (part // bands * C + c).to(tl.int64) * H
+    strips = tl.cdiv(H, STRIP)
+    for part in range(split, N * strips, SPLITS):
+        image = (part // strips * C + c).to(tl.int64) * H
         plane = image * pitch
-        top = part % bands * BAND
-        bottom = tl.minimum(top + BAND, H)
+        top = part % strips * STRIP
+        bottom = tl.minimum(top + STRIP, H)
         first = tl.maximum(top - REACH, 0)
         last = tl.minimum(bottom + REACH, H)
         for index in range(tl.cdiv(last - first, ROWS) * across):
             y0 = first + index // across * ROWS
             x0 = index % across * 16
-            values = branch_values(x_ptr + plane, table, y0, x0, H, pitch, TAPS, LEAD, DEPTH, ROWS, PRECISION)
+            values = branch_values(x_ptr + plane, bands, y0, x0, H, pitch, TAPS, LEAD, DEPTH, ROWS, PRECISION)
             y = y0 + tl.arange(0, ROWS)
             centred = load_window(grad_ptr + plane, y, x0, H, pitch, 0, 16).to(tl.float32) - offset
             inside = in_map(y0, x0, H, W, ROWS)
@@ -223,12 +220,11 @@ def _input_grad_kernel(
                     if TAPS[step][b] >= 0:
                         y = y0 - first + step - REACH + tl.arange(0, ROWS)
                         window = load_window(scratch + b * HELD * pitch, y, x0, last - first, pitch, LEAD, DEPTH)
-                        band = load_band(flipped, TAPS[step][b], DEPTH)
-                        sums = tl.dot(window, band, sums, input_precision=PRECISION)
+                        sums = tl.dot(window, turned[TAPS[step][b]], sums, input_precision=PRECISION)
                 total += scales[b] * sums
             place = out_ptr + image * W + (y0 + tl.arange(0, ROWS))[:, None] * W + (x0 + tl.arange(0, 16))[None, :]
             tl.store(place, total.to(out_ptr.dtype.element_ty), mask=in_map(y0, x0, bottom, W, ROWS))
-        tl.debug_barrier()  # before the next band overwrites it
+        tl.debug_barrier()  # before the next strip overwrites it
 
 
 # ------------------------------------------------------------------------------------------ gradient of the weights
@@ -236,59 +232,45 @@ def _input_grad_kernel(
 
 @functools.lru_cache(maxsize=256)
 def _groups(plan: Plan) -> list[tuple[tuple[int, ...], int, int]]:
-    """Rows of the table whose Gram matrices one program keeps: the branches these are of, the first and the end."""
-    limit, groups = _GRAMS // plan.depth, []
-    starts = [sum(plan.kernels[:b]) for b in range(len(plan.kernels) + 1)]
-    first = 0
-    while first < plan.rows:
-        ends = [end for end in starts if first < end <= first + limit]  # a branch is cut only where it must be
-        end = ends[-1] if ends else first + limit
-        members = tuple(b for b in range(len(plan.kernels)) if starts[b] < end and starts[b + 1] > first)
-        groups.append((members, first, end))
-        first = end
+    """Which Gram matrices, one for each row of a kernel, one program keeps: some branches, and rows of these."""
+    limit = _GRAMS // plan.depth
+    groups: list[tuple[tuple[int, ...], int, int]] = []
+    for b, k in enumerate(plan.kernels):
+        members, first, end = groups[-1] if groups else ((), 0, limit)
+        if first == 0 and end + k <= limit:
+            groups[-1] = ((*members, b), 0, end + k)
+        else:  # a branch is cut only where it must be
+            groups += [((b,), first, min(first + limit, k)) for first in range(0, k, limit)]
     return groups
 
 
-@functools.lru_cache(maxsize=256)
-def _places(plan: Plan, members: tuple[int, ...], first: int, end: int) -> tuple[tuple[int, ...], ...]:
-    """For each Gram matrix: its branch among ``members``, K, dilation, taps of the branches before, and its ky."""
-    places = []
-    for m, b in enumerate(members):
-        k, start = plan.kernels[b], sum(plan.kernels[:b])
-        before = sum(size * size for size in plan.kernels[:b])
-        places += [(m, k, plan.dilations[b], before, row - start) for row in range(max(first, start), min(end, start + k))]
-    return tuple(places)
-
-
-def _weight_grad(
-    grad: Tensor, x: Tensor, width: int, weight: Tensor, table: Tensor, norm: tuple, plan: Plan
-) -> Tensor:
+def _weight_grad(grad: Tensor, x: Tensor, width: int, weight: Tensor, norm: tuple, plan: Plan) -> Tensor:
     n, c, h, pitch = x.shape
     tile = tile_of(x)
     splits = statistics.splits_of(x, tile['ROWS'])
     out = x.new_empty((splits, weight.numel()), dtype=torch.float32)
     for members, first, end in _groups(plan):
-        taps = plan.of(members)
-        grams = tuple(tuple(t - first if first <= t < end else -1 for t in row) for row in taps)
+        part = plan_of(plan.kernels, plan.dilations, members)
         _weight_grad_kernel[(c, splits)](
-            grad, x, table, out, *norm[:-1], n, c, h, width, pitch, splits, weight.numel(), taps, grams,
-            _places(plan, members, first, end), members, norm[-1], plan.rows, LEAD=plan.lead, DEPTH=plan.depth,
-            KX=max(16, triton.next_power_of_2(plan.kernels[members[0]])), **tile,
+            grad, x, weight, out, *norm[:-1], n, c, h, width, pitch, splits, weight.numel(),
+            MEMBERS=members, FIRST=first, END=end, TALLEST=triton.next_power_of_2(max(part.kernels)), EPS=norm[-1],
+            **part.constants(), **tile,
         )  # fmt: skip
     return out.sum(0).to(weight.dtype)
 
 
 @triton.jit(do_not_specialize=['N', 'C', 'H', 'W', 'pitch', 'SPLITS', 'WEIGHTS'])
 def _weight_grad_kernel(
-    grad_ptr, x_ptr, table_ptr, out_ptr, gamma_ptr, mean_ptr, var_ptr, sum_gamma_ptr, sum_beta_ptr, count,
-    N, C, H, W, pitch, SPLITS, WEIGHTS, TAPS: tl.constexpr, GRAMS: tl.constexpr, PLACES: tl.constexpr, MEMBERS: tl.constexpr,
-    EPS: tl.constexpr, TOTAL: tl.constexpr, LEAD: tl.constexpr, DEPTH: tl.constexpr, KX: tl.constexpr,
-    ROWS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    grad_ptr, x_ptr, weight_ptr, out_ptr, gamma_ptr, mean_ptr, var_ptr, sum_gamma_ptr, sum_beta_ptr, count,
+    N, C, H, W, pitch, SPLITS, WEIGHTS, MEMBERS: tl.constexpr, FIRST: tl.constexpr, END: tl.constexpr,
+    TALLEST: tl.constexpr, EPS: tl.constexpr, KERNELS: tl.constexpr, DILATIONS: tl.constexpr, BEFORE: tl.constexpr,
+    TAPS: tl.constexpr, LEAD: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0)
     split = tl.program_id(1)
     pitch = pitch // ALIGN * ALIGN
-    table = table_ptr + c.to(tl.int64) * (TOTAL * DEPTH * 16)
+    bands = load_bands(weight_ptr, x_ptr, C, c, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH, False)
     offset = tl.load(sum_beta_ptr + c) / count
     scales, means, slopes, grams = (), (), (), ()
     for m in tl.static_range(len(MEMBERS)):
@@ -296,12 +278,12 @@ def _weight_grad_kernel(
             gamma_ptr, mean_ptr, var_ptr, sum_gamma_ptr, C, c, count, MEMBERS[m], EPS[MEMBERS[m]]
         )
         scales, means, slopes = scales + (scale,), means + (mean,), slopes + (slope,)
-    for _ in tl.static_range(len(PLACES)):
+    for _ in tl.static_range(FIRST, END):
         grams = grams + (tl.zeros((16, DEPTH), tl.float32),)
     for index in range(split, N * tl.cdiv(H, ROWS) * tl.cdiv(W, 16), SPLITS):
         n, y0, x0 = tile_at(index, H, W, ROWS)
         plane = (n * C + c).to(tl.int64) * H * pitch
-        values = branch_values(x_ptr + plane, table, y0, x0, H, pitch, TAPS, LEAD, DEPTH, ROWS, PRECISION)
+        values = branch_values(x_ptr + plane, bands, y0, x0, H, pitch, TAPS, LEAD, DEPTH, ROWS, PRECISION)
         y = y0 + tl.arange(0, ROWS)
         centred = load_window(grad_ptr + plane, y, x0, H, pitch, 0, 16).to(tl.float32) - offset
         inside = in_map(y0, x0, H, W, ROWS)
@@ -312,15 +294,18 @@ def _weight_grad_kernel(
         for step in tl.static_range(len(TAPS)):
             window = load_window(x_ptr + plane, y + step - len(TAPS) // 2, x0, H, pitch, LEAD, DEPTH)
             for m in tl.static_range(len(MEMBERS)):
-                if GRAMS[step][m] >= 0:
-                    more = tl.dot(turned[m], window, grams[GRAMS[step][m]], input_precision=PRECISION)
-                    grams = grams[: GRAMS[step][m]] + (more,) + grams[GRAMS[step][m] + 1 :]
+                if TAPS[step][m] >= FIRST and TAPS[step][m] < END:
+                    more = tl.dot(turned[m], window, grams[TAPS[step][m] - FIRST], input_precision=PRECISION)
+                    grams = grams[: TAPS[step][m] - FIRST] + (more,) + grams[TAPS[step][m] - FIRST + 1 :]
     out = out_ptr + split.to(tl.int64) * WEIGHTS
     i = tl.arange(0, 16)[:, None]
-    kx = tl.arange(0, KX)[None, :]
-    for place in tl.static_range(len(PLACES)):
-        # The sum for a tap is a diagonal of the Gram matrix, whose (i, j) are columns of the tile and of the window.
-        j = i + LEAD - PLACES[place][1] // 2 * PLACES[place][2] + kx * PLACES[place][2]
-        sums = tl.sum(tl.gather(grams[place], tl.minimum(j, DEPTH - 1), axis=1), axis=0) * scales[PLACES[place][0]]
-        tap = PLACES[place][3] * C + (c * PLACES[place][1] + PLACES[place][4]) * PLACES[place][1] + tl.arange(0, KX)
-        tl.store(out + tap, sums, mask=tl.arange(0, KX) < PLACES[place][1])
+    kx = tl.arange(0, TALLEST)
+    for step in tl.static_range(len(TAPS)):
+        for m in tl.static_range(len(MEMBERS)):
+            if TAPS[step][m] >= FIRST and TAPS[step][m] < END:
+                # The sum for a tap is a diagonal of a Gram matrix: (i, j) are columns of the tile and of the window.
+                j = tl.minimum(i + LEAD + (kx - KERNELS[m] // 2)[None, :] * DILATIONS[m], DEPTH - 1)
+                sums = tl.sum(tl.gather(grams[TAPS[step][m] - FIRST], j, axis=1), axis=0) * scales[m]
+                ky = (step - len(TAPS) // 2) // DILATIONS[m] + KERNELS[m] // 2
+                tap = BEFORE[m] * C + (c * KERNELS[m] + ky) * KERNELS[m] + kx
+                tl.store(out + tap, sums, mask=kx < KERNELS[m])

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import layouts
 from .convolution import precision
 
-__all__ = ['COLUMNS', 'Plan', 'branch_values', 'expand', 'plan_of', 'tile_of', 'to_rows', 'unsupported']
+__all__ = ['COLUMNS', 'Plan', 'branch_values', 'plan_of', 'tile_of', 'to_rows', 'unsupported']
 
 COLUMNS = 16  # of a tile: the N of the matrix products
 _MAX_SIZE = 31
@@ -30,48 +30,49 @@ _VECTOR = 8  # pixels of 2 bytes in the widest load
 
 
 class Plan(NamedTuple):
-    """What the kernels are specialised for; every field is known when they are compiled.
+    """Branches, as the kernels are specialised for them.
 
     Attributes:
         kernels: Size of each branch.
         dilations: Dilation of each branch.
-        taps: For each row of the window, from the top, and each branch, the row of the table that belongs there; -1
-            where the branch has no tap in this row of the window.
+        before: Taps of the weights that lie before each branch, of one channel.
+        taps: For each row of the window, from the top, and each branch, which of all rows of the kernels belongs
+            there, counted from the first of the first branch; -1 where a branch has no tap in this row of the window.
         lead: Columns of the window to the left of a tile.
         depth: Columns of the window.
-        rows: Of the table: the heights of all kernels.
     """
 
     kernels: tuple[int, ...]
     dilations: tuple[int, ...]
+    before: tuple[int, ...]
     taps: tuple[tuple[int, ...], ...]
     lead: int
     depth: int
-    rows: int
 
-    def of(self, members: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        """``taps`` of some branches only, in their order."""
-        return tuple(tuple(row[b] for b in members) for row in self.taps)
+    def constants(self) -> dict[str, Any]:
+        """The plan as arguments of a kernel."""
+        return {name.upper(): value for name, value in self._asdict().items()}
 
 
 @functools.lru_cache(maxsize=256)
-def plan_of(kernels: tuple[int, ...], dilations: tuple[int, ...]) -> Plan:
-    """The plan for branches of these sizes; raises ValueError where `unsupported` says why."""
-    if reason := unsupported(kernels, dilations):
-        raise ValueError(reason)
-    reach = max(_reaches(kernels, dilations))
+def plan_of(kernels: tuple[int, ...], dilations: tuple[int, ...], members: tuple[int, ...] | None = None) -> Plan:
+    """The plan for branches of these sizes, or for some of them."""
+    members = tuple(range(len(kernels))) if members is None else members
+    before = tuple(sum(k * k for k in kernels[:b]) for b in members)
+    kernels, dilations = tuple(kernels[b] for b in members), tuple(dilations[b] for b in members)
     starts = [sum(kernels[:b]) for b in range(len(kernels))]
+    reaches = [k // 2 * d for k, d in zip(kernels, dilations, strict=True)]
     taps = []
-    for dy in range(-reach, reach + 1):
-        places = [divmod(dy + r, d) for r, d in zip(_reaches(kernels, dilations), dilations, strict=True)]
+    for dy in range(-max(reaches), max(reaches) + 1):
+        places = [divmod(dy + reach, d) for reach, d in zip(reaches, dilations, strict=True)]
         taps.append(
             tuple(
                 start + ky if rest == 0 and 0 <= ky < k else -1
                 for start, k, (ky, rest) in zip(starts, kernels, places, strict=True)
             )
         )
-    lead = 8 if reach <= 8 else 16
-    return Plan(kernels, dilations, tuple(taps), lead, 32 if reach <= 8 else 64, sum(kernels))
+    lead = _VECTOR if max(reaches) <= _VECTOR else 2 * _VECTOR
+    return Plan(kernels, dilations, before, tuple(taps), lead, COLUMNS + 2 * lead)
 
 
 def unsupported(kernels: Sequence[int], dilations: Sequence[int]) -> str:
@@ -86,10 +87,6 @@ def unsupported(kernels: Sequence[int], dilations: Sequence[int]) -> str:
     return ''
 
 
-def _reaches(kernels: Sequence[int], dilations: Sequence[int]) -> list[int]:
-    return [k // 2 * d for k, d in zip(kernels, dilations, strict=True)]
-
-
 def to_rows(x: Tensor) -> Tensor:
     """``x`` (N, C, H, W) as contiguous planes (N, C, H, pitch), pitch a multiple of 4: zeros fill the rows."""
     x, w = layouts.to_planes(x), x.shape[3]
@@ -102,49 +99,6 @@ def tile_of(x: Tensor) -> dict[str, Any]:
     return {'ROWS': 32, 'ALIGN': align, 'PRECISION': precision(x), 'num_warps': 4, 'num_stages': 1}
 
 
-def expand(weight: Tensor, plan: Plan, dtype: torch.dtype, flipped: bool = False) -> Tensor:
-    """The banded matrices of all branches, (C, rows, depth, 16) in ``dtype``.
-
-    Args:
-        weight: Of all branches, flat: one (C, 1, K, K) after the other.
-        plan: Of the branches.
-        dtype: That of the map.
-        flipped: Turn every kernel by 180 degrees.
-    """
-    channels = weight.numel() // sum(k * k for k in plan.kernels)
-    table = weight.new_empty((channels, plan.rows, plan.depth, COLUMNS), dtype=dtype)
-    _expand_kernel[(channels, len(plan.kernels))](
-        weight, table, channels, plan.kernels, plan.dilations, plan.rows, plan.lead, plan.depth, flipped, num_warps=4
-    )
-    return table
-
-
-@triton.jit(do_not_specialize=['C'])
-def _expand_kernel(
-    weight_ptr, table_ptr, C, KERNELS: tl.constexpr, DILATIONS: tl.constexpr, TOTAL: tl.constexpr,
-    LEAD: tl.constexpr, DEPTH: tl.constexpr, FLIPPED: tl.constexpr,
-):  # fmt: skip
-    c = tl.program_id(0)
-    k = tl.arange(0, DEPTH)[:, None]
-    n = tl.arange(0, 16)[None, :]
-    weight = weight_ptr
-    table = table_ptr + c.to(tl.int64) * (TOTAL * DEPTH * 16) + k * 16 + n
-    for b in tl.static_range(len(KERNELS)):
-        if tl.program_id(1) == b:
-            band = k - n - LEAD + (KERNELS[b] // 2) * DILATIONS[b]
-            kx = band // DILATIONS[b]
-            taken = (band >= 0) & (kx < KERNELS[b]) & (band % DILATIONS[b] == 0)
-            first = weight + c * (KERNELS[b] * KERNELS[b])
-            for ky in range(KERNELS[b]):
-                place = ky * KERNELS[b] + kx
-                if FLIPPED:
-                    place = KERNELS[b] * KERNELS[b] - 1 - place
-                value = tl.load(first + place, mask=taken, other=0.0)
-                tl.store(table + ky * (DEPTH * 16), value.to(table_ptr.dtype.element_ty))
-        weight += C * (KERNELS[b] * KERNELS[b])
-        table += KERNELS[b] * (DEPTH * 16)
-
-
 @triton.jit
 def load_window(plane, y, x0, H, PITCH, LEAD: tl.constexpr, DEPTH: tl.constexpr):
     """Rows ``y`` of the window of the tile that begins in column ``x0``: zeros outside of the map."""
@@ -154,14 +108,34 @@ def load_window(plane, y, x0, H, PITCH, LEAD: tl.constexpr, DEPTH: tl.constexpr)
 
 
 @triton.jit
-def load_band(table, row, DEPTH: tl.constexpr):
-    """One row of a kernel as a banded matrix, (DEPTH, 16)."""
-    return tl.load(table + row * (DEPTH * 16) + tl.arange(0, DEPTH)[:, None] * 16 + tl.arange(0, 16)[None, :])
+def load_bands(
+    weight, x, C, c, KERNELS: tl.constexpr, DILATIONS: tl.constexpr, BEFORE: tl.constexpr, TAPS: tl.constexpr,
+    LEAD: tl.constexpr, DEPTH: tl.constexpr, FLIPPED: tl.constexpr,
+):  # fmt: skip
+    """The rows of all kernels of a channel as banded matrices (DEPTH, 16) in the dtype of ``x``: a tuple.
+
+    ``FLIPPED`` turns the kernels by 180 degrees. Loops over tiles keep the matrices in shared memory.
+    """
+    bands = ()
+    for b in tl.static_range(len(KERNELS)):
+        column = tl.arange(0, DEPTH)[:, None] - tl.arange(0, 16)[None, :] - LEAD + KERNELS[b] // 2 * DILATIONS[b]
+        kx = column // DILATIONS[b]
+        taken = (column >= 0) & (kx < KERNELS[b]) & (column % DILATIONS[b] == 0)
+        kernel = weight + BEFORE[b] * C + c * (KERNELS[b] * KERNELS[b])
+        if FLIPPED:
+            kernel += KERNELS[b] * KERNELS[b] - 1
+            kx = -kx
+        for step in tl.static_range(len(TAPS)):
+            if TAPS[step][b] >= 0:
+                ky = (step - len(TAPS) // 2) // DILATIONS[b] + KERNELS[b] // 2
+                row = kernel + kx + (-ky if FLIPPED else ky) * KERNELS[b]
+                bands = bands + (tl.load(row, mask=taken, other=0.0).to(x.dtype.element_ty),)
+    return bands
 
 
 @triton.jit
 def branch_values(
-    plane, table, y0, x0, H, PITCH, TAPS: tl.constexpr, LEAD: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
+    plane, bands, y0, x0, H, PITCH, TAPS: tl.constexpr, LEAD: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs of the branches of ``TAPS`` in the tile at (y0, x0): a tuple of (ROWS, 16) in float32."""
@@ -172,8 +146,7 @@ def branch_values(
         window = load_window(plane, y0 + step - len(TAPS) // 2 + tl.arange(0, ROWS), x0, H, PITCH, LEAD, DEPTH)
         for b in tl.static_range(len(TAPS[0])):
             if TAPS[step][b] >= 0:
-                band = load_band(table, TAPS[step][b], DEPTH)
-                more = tl.dot(window, band, values[b], input_precision=PRECISION)
+                more = tl.dot(window, bands[TAPS[step][b]], values[b], input_precision=PRECISION)
                 values = values[:b] + (more,) + values[b + 1 :]
     return values
 

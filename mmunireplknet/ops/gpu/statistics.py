@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .branches import COLUMNS, Plan, branch_values, in_map, load_window, tile_at, tile_of
+from .branches import COLUMNS, Plan, branch_values, in_map, load_bands, load_window, tile_at, tile_of
 
 __all__ = ['finish', 'gradient_sums', 'merge', 'moments', 'splits_of']
 
@@ -26,13 +26,13 @@ def splits_of(x: Tensor, rows: int) -> int:
     return max(1, min(triton.cdiv(_PROGRAMS, c), n * triton.cdiv(h, rows) * triton.cdiv(w, COLUMNS)))
 
 
-def moments(x: Tensor, width: int, table: Tensor, plan: Plan) -> Tensor:
+def moments(x: Tensor, width: int, weight: Tensor, plan: Plan) -> Tensor:
     """Partial statistics (splits, 2 branches + 1, C): means, sums of squared deviations from them, and the count.
 
     Args:
         x: (N, C, H, pitch), see ``branches.to_rows``.
         width: W of the map.
-        table: See ``branches.expand``.
+        weight: Of all branches, flat: one (C, 1, K, K) after the other. Rounded to the dtype of ``x``.
         plan: Of the branches.
     """
     n, c, h, pitch = x.shape
@@ -40,21 +40,22 @@ def moments(x: Tensor, width: int, table: Tensor, plan: Plan) -> Tensor:
     splits = splits_of(x, tile['ROWS'])
     out = x.new_empty((splits, 2 * len(plan.kernels) + 1, c), dtype=torch.float32)
     _moments_kernel[(c, splits)](
-        x, table, out, n, c, h, width, pitch, splits, plan.taps, plan.rows, LEAD=plan.lead, DEPTH=plan.depth, **tile
+        x, weight, out, n, c, h, width, pitch, splits, **plan.constants(), **tile
     )
     return out
 
 
 @triton.jit(do_not_specialize=['N', 'C', 'H', 'W', 'pitch', 'SPLITS'])
 def _moments_kernel(
-    x_ptr, table_ptr, out_ptr, N, C, H, W, pitch, SPLITS, TAPS: tl.constexpr, TOTAL: tl.constexpr, LEAD: tl.constexpr,
+    x_ptr, weight_ptr, out_ptr, N, C, H, W, pitch, SPLITS,
+    KERNELS: tl.constexpr, DILATIONS: tl.constexpr, BEFORE: tl.constexpr, TAPS: tl.constexpr, LEAD: tl.constexpr,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     BRANCHES: tl.constexpr = len(TAPS[0])
     c = tl.program_id(0)
     split = tl.program_id(1)
     pitch = pitch // ALIGN * ALIGN  # which tells the compiler what divides it
-    table = table_ptr + c.to(tl.int64) * (TOTAL * DEPTH * 16)
+    bands = load_bands(weight_ptr, x_ptr, C, c, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH, False)
     # Each row of the tiles keeps its own statistics: no exchange between the warps but at the end.
     count = tl.zeros((ROWS,), tl.float32)
     means = ()
@@ -65,7 +66,7 @@ def _moments_kernel(
     for index in range(split, N * tl.cdiv(H, ROWS) * tl.cdiv(W, 16), SPLITS):
         n, y0, x0 = tile_at(index, H, W, ROWS)
         plane = x_ptr + (n * C + c).to(tl.int64) * H * pitch
-        values = branch_values(plane, table, y0, x0, H, pitch, TAPS, LEAD, DEPTH, ROWS, PRECISION)
+        values = branch_values(plane, bands, y0, x0, H, pitch, TAPS, LEAD, DEPTH, ROWS, PRECISION)
         valid = in_map(y0, x0, H, W, ROWS)
         fresh = tl.sum(valid.to(tl.float32), axis=1)
         inverse = 1 / tl.maximum(fresh, 1)
@@ -170,7 +171,7 @@ def _merge_kernel(
 
 
 def gradient_sums(
-    grad: Tensor, x: Tensor, width: int, table: Tensor, mean: Tensor, var: Tensor, plan: Plan, eps: tuple[float, ...]
+    grad: Tensor, x: Tensor, width: int, weight: Tensor, mean: Tensor, var: Tensor, plan: Plan, eps: tuple[float, ...]
 ) -> tuple[Tensor, Tensor]:
     """``sum g (z_b - mean_b) / sqrt(var_b + eps_b)``, (branches, C), and ``sum g``, (C,), in float32.
 
@@ -178,7 +179,7 @@ def gradient_sums(
         grad: g, the gradient of the sum of the branches, (N, C, H, pitch), see ``branches.to_rows``.
         x: Like ``grad``.
         width: W of the map.
-        table: See ``branches.expand``.
+        weight: See ``moments``.
         mean: (branches, C).
         var: (branches, C), biased.
         plan: Of the branches.
@@ -189,23 +190,22 @@ def gradient_sums(
     splits = splits_of(x, tile['ROWS'])
     out = x.new_empty((splits, branches + 1, c), dtype=torch.float32)
     _gradient_sums_kernel[(c, splits)](
-        grad, x, table, mean, var, out, n, c, h, width, pitch, splits, plan.taps, eps, plan.rows, LEAD=plan.lead,
-        DEPTH=plan.depth, **tile,
+        grad, x, weight, mean, var, out, n, c, h, width, pitch, splits, EPS=eps, **plan.constants(), **tile
     )  # fmt: skip
     return out[:, :branches].sum(0), out[:, branches].sum(0)
 
 
 @triton.jit(do_not_specialize=['N', 'C', 'H', 'W', 'pitch', 'SPLITS'])
 def _gradient_sums_kernel(
-    grad_ptr, x_ptr, table_ptr, mean_ptr, var_ptr, out_ptr, N, C, H, W, pitch, SPLITS, TAPS: tl.constexpr, EPS: tl.constexpr,
-    TOTAL: tl.constexpr, LEAD: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    grad_ptr, x_ptr, weight_ptr, mean_ptr, var_ptr, out_ptr, N, C, H, W, pitch, SPLITS, EPS: tl.constexpr,
+    KERNELS: tl.constexpr, DILATIONS: tl.constexpr, BEFORE: tl.constexpr, TAPS: tl.constexpr, LEAD: tl.constexpr,
+    DEPTH: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     BRANCHES: tl.constexpr = len(TAPS[0])
     c = tl.program_id(0)
     split = tl.program_id(1)
     pitch = pitch // ALIGN * ALIGN
-    table = table_ptr + c.to(tl.int64) * (TOTAL * DEPTH * 16)
+    bands = load_bands(weight_ptr, x_ptr, C, c, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH, False)
     total = tl.zeros((ROWS,), tl.float32)
     sums = ()
     means = ()
@@ -215,7 +215,7 @@ def _gradient_sums_kernel(
     for index in range(split, N * tl.cdiv(H, ROWS) * tl.cdiv(W, 16), SPLITS):
         n, y0, x0 = tile_at(index, H, W, ROWS)
         offset = (n * C + c).to(tl.int64) * H * pitch
-        values = branch_values(x_ptr + offset, table, y0, x0, H, pitch, TAPS, LEAD, DEPTH, ROWS, PRECISION)
+        values = branch_values(x_ptr + offset, bands, y0, x0, H, pitch, TAPS, LEAD, DEPTH, ROWS, PRECISION)
         grad = load_window(grad_ptr + offset, y0 + tl.arange(0, ROWS), x0, H, pitch, 0, 16).to(tl.float32)
         total += tl.sum(grad, axis=1)
         for b in tl.static_range(BRANCHES):
