@@ -260,3 +260,12 @@ def needs_standard_operators() -> bool:
 @torch.compiler.assume_constant_result  # dynamo enters the transforms that it traces, but cannot trace the question
 def _is_transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def convolutions_may_use_tf32() -> bool:
+    """Whether torch lets convolutions of float32 maps round their factors to TF32.
+
+    The switch has a name of its own per operator since torch 2.9; to read the old one fails once the new one is set.
+    """
+    conv = getattr(torch.backends.cudnn, 'conv', None)
+    return torch.backends.cudnn.allow_tf32 if conv is None else conv.fp32_precision == 'tf32'

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import compat
 from . import layouts, toeplitz, tuning
 from .tuning import Config
 
@@ -25,33 +26,56 @@ __all__ = ['forward', 'supports']
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_EXTENT = 31
 _VECTOR = 8  # pixels of 2 bytes in the widest read
-_SIZES = ['batch', 'channels', 'height', 'width_units', 'groups', 'tiles', 'blocks']
+# Compiling anew for sizes that are 1 or multiples of 16 would gain nothing: they only place the patches.
+_SIZES = ['batch', 'channels', 'height', 'width_units', 'blocks']
+PLACES = ['groups', 'groups_factor', 'groups_shift', 'tiles', 'tiles_factor', 'tiles_shift']
 
 
 @triton.jit
-def _corner(patch, groups, tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DILATION: tl.constexpr):  # type: ignore[no-untyped-def]
+def divide(number, factor, shift):  # type: ignore[no-untyped-def]
+    """Numbers below 2**31 by what ``reciprocal`` made the factor and the shift of: 3 instructions instead of 20."""
+    return (tl.umulhi(number.to(tl.uint32) * 2, factor.to(tl.uint32)) >> shift.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def corner_of(  # type: ignore[no-untyped-def]
+    patch,
+    groups,
+    groups_factor,
+    groups_shift,
+    tiles,
+    tiles_factor,
+    tiles_shift,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DILATION: tl.constexpr,
+):
     """Image, and first row and column, of patches. The rows of a patch are DILATION apart, like those of the kernel."""
-    row_of_tiles = patch // tiles
-    image = row_of_tiles // groups
+    row_of_tiles = divide(patch, tiles_factor, tiles_shift)
+    image = divide(row_of_tiles, groups_factor, groups_shift)
     group = row_of_tiles - image * groups
     y = group // DILATION * (ROWS * DILATION) + group % DILATION
     return image, y, (patch - row_of_tiles * tiles) * COLUMNS
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def _convolve(
-    x: Any,
-    table: Any,
-    bias: Any,
-    out: Any,
-    sums: Any,
-    batch: Any,
-    channels: Any,
-    height: Any,
-    width_units: Any,
-    groups: Any,
-    tiles: Any,
-    blocks: Any,
+@triton.jit(do_not_specialize=_SIZES + PLACES)
+def _convolve(  # type: ignore[no-untyped-def]
+    x,
+    table,
+    bias,
+    out,
+    sums,
+    batch,
+    channels,
+    height,
+    width_units,
+    blocks,
+    groups,
+    groups_factor,
+    groups_shift,
+    tiles,
+    tiles_factor,
+    tiles_shift,
     KERNEL: tl.constexpr,
     DILATION: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -64,7 +88,7 @@ def _convolve(
     STEP_Y: tl.constexpr,
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
-) -> None:
+):
     PIXELS: tl.constexpr = ROWS * COLUMNS
     REACH: tl.constexpr = KERNEL // 2 * DILATION
     ACROSS: tl.constexpr = DEPTH // STEP_X
@@ -73,8 +97,11 @@ def _convolve(
     width = width_units * ALIGN  # which tells the compiler what divides it
     channel = tl.program_id(0) // blocks
     patch = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    image, y, x0 = _corner(patch, groups, tiles, ROWS, COLUMNS, DILATION)
-    corner = (image.to(tl.int64) * channels + channel) * (height * width) + y * width + x0
+    image, y, x0 = corner_of(
+        patch, groups, groups_factor, groups_shift, tiles, tiles_factor, tiles_shift, ROWS, COLUMNS, DILATION
+    )
+    plane = height.to(tl.int64) * width
+    corner = image * (channels * plane) + channel * plane + (y * width + x0)
 
     k = tl.arange(0, STEP_X * STEP_Y)
     dy, dx = k // STEP_X, k % STEP_X
@@ -102,9 +129,9 @@ def _convolve(
     pixels = corner[:, None] + (py * DILATION * width + px)[None, :]
     tl.store(out + pixels, total.to(out.dtype.element_ty), mask=inside)
     if sums is not None:
-        plane = (image.to(tl.int64) * channels + channel) * (groups * tiles)
         of_patch = tl.sum(tl.where(inside, total, 0.0), axis=1)
-        tl.store(sums + plane + patch % (groups * tiles), of_patch, mask=image < batch)
+        place = (image.to(tl.int64) * channels + channel - image) * (groups * tiles) + patch
+        tl.store(sums + place, of_patch, mask=image < batch)
 
 
 def supports(x: Tensor, kernel: int, dilation: int) -> str:
@@ -113,12 +140,14 @@ def supports(x: Tensor, kernel: int, dilation: int) -> str:
     if x.dtype not in DTYPES:
         return f'the dtype is {x.dtype}: the Triton kernels are for float32, bfloat16 and float16.'
     if kernel < 3 or kernel % 2 == 0 or extent > LARGEST_EXTENT:
-        return f'kernel {kernel} with dilation {dilation} spans {extent} pixels: the Triton kernels take odd ones up to 31.'
+        return f'kernel {kernel} with dilation {dilation} spans {extent} pixels; the Triton kernels span 3 to 31, odd.'
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
         return 'the GPU is older than compute capability 8.0, which the Triton kernels need.'
     n, c, h, w = x.shape
-    # Whole planes are addressed with 64 bits; pixels of a plane, patches and programs are counted with 32.
-    if (h + 128) * (w + 128) >= 2**31 or n * (h + 128) * (w + 128) // 16 >= 2**31 or c * (n * h * w // 256 + 1) >= 2**31:
+    # Planes are addressed with 64 bits; the pixels of one, patches and programs are counted with 32.
+    pixels = (h + 128) * (w + 128)
+    patches = n * pixels // 16
+    if max(pixels, patches, c * (patches // 16 + 1)) >= 2**31:
         return f'a map of {tuple(x.shape)} is too large: its planes must have less than 2**31 pixels.'
     return ''
 
@@ -150,7 +179,7 @@ def forward(
     Returns:
         (N, C, H, W) in the dtype of ``x``; with ``pooled`` also (N, C) in float32, of the sums before rounding.
     """
-    config = tuning.choose('forward', x.shape, weight.shape[-1], dilation, x.dtype)
+    config = tuning.choose('forward', x, weight.shape[-1], dilation)
     return convolve(x, weight, bias, dilation, flipped, pooled, layout, config)
 
 
@@ -167,7 +196,7 @@ def convolve(
     """``forward`` with a given division of the work."""
     n, c, h, w = x.shape
     kernel = weight.shape[-1]
-    shift = -(kernel // 2) * dilation % _VECTOR
+    shift = shift_of(kernel, dilation)
     depth = toeplitz.depth_of(kernel, dilation, config.columns, shift)
     step_x = 32 if depth % 32 == 0 else 16
     step_y = config.step // step_x
@@ -176,7 +205,7 @@ def convolve(
     groups = dilation * -(-h // (config.rows * dilation))
     tiles = -(-w // config.columns)
     blocks = triton.cdiv(n * groups * tiles, config.block)
-    align = next(a for a in (_VECTOR, 4, 2, 1) if w % a == 0)
+    align = vector_of(w)
 
     table = toeplitz.expand(weight, dilation, flipped, x.dtype, config.columns, shift, pad)
     planes = layouts.to_planes(x)
@@ -185,7 +214,7 @@ def convolve(
     with torch.cuda.device_of(x):
         _convolve[(c * blocks,)](
             *(planes, table, None if bias is None else bias.contiguous(), out, sums),
-            *(n, c, h, w // align, groups, tiles, blocks),
+            *(n, c, h, w // align, blocks, groups, *reciprocal(groups), tiles, *reciprocal(tiles)),
             *(kernel, dilation, depth, shift, pad, config.rows, config.columns, config.block),
             *(step_x, step_y, align, precision(x)),
             num_warps=config.warps,
@@ -194,7 +223,22 @@ def convolve(
     return out if sums is None else (out, sums.sum(-1))
 
 
+def reciprocal(divisor: int) -> tuple[int, int]:
+    """Factor and shift for ``divide``; the factor is between 2**31 and 2**32, and passed as the 32-bit number below."""
+    shift = (divisor - 1).bit_length()
+    return -(-(2 ** (31 + shift)) // divisor) - 2**32, shift
+
+
+def shift_of(kernel: int, dilation: int) -> int:
+    """Columns by which windows start early, so that they start at multiples of the widest read."""
+    return -(kernel // 2) * dilation % _VECTOR
+
+
+def vector_of(width: int) -> int:
+    """The widest read that maps of this width allow at the start of each of their rows, in pixels."""
+    return next(pixels for pixels in (_VECTOR, 4, 2, 1) if width % pixels == 0)
+
+
 def precision(x: Tensor) -> str:
     """How factors in float32 are multiplied; those of 16 bits are exact in any case."""
-    allowed = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == 'tf32'
-    return 'tf32' if allowed else 'tf32x3'
+    return 'tf32' if x.dtype == torch.float32 and compat.convolutions_may_use_tf32() else 'tf32x3'

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -15,15 +13,15 @@ _BLOCK = 64
 
 
 @triton.jit(do_not_specialize=['rows_units', 'columns_units'])
-def _transpose(
-    source: Any,
-    target: Any,
-    rows_units: Any,
-    columns_units: Any,
+def _transpose(  # type: ignore[no-untyped-def]
+    source,
+    target,
+    rows_units,
+    columns_units,
     ROWS_ALIGN: tl.constexpr,
     COLUMNS_ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     rows, columns = rows_units * ROWS_ALIGN, columns_units * COLUMNS_ALIGN
     across = tl.cdiv(columns, BLOCK)
     blocks = across * tl.cdiv(rows, BLOCK)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -15,10 +13,10 @@ _BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=['size'])
-def _expand(
-    weight: Any,
-    table: Any,
-    size: Any,  # of the table of one channel, padded at its end to a whole number of blocks
+def _expand(  # type: ignore[no-untyped-def]
+    weight,
+    table,
+    size,  # of the table of one channel, padded at its end to a whole number of blocks
     KERNEL: tl.constexpr,
     DILATION: tl.constexpr,
     FLIPPED: tl.constexpr,
@@ -27,7 +25,7 @@ def _expand(
     SHIFT: tl.constexpr,
     PAD: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     channel = tl.program_id(1).to(tl.int64)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column = index % COLUMNS

@@ -18,7 +18,7 @@ import pytest
 triton = pytest.importorskip('triton')
 
 NAME = 'mmunireplknet.ops._interpreted_gpu'
-MODULES = ('toeplitz', 'layouts', 'tuning', 'convolution', 'branches', 'statistics', 'block')
+MODULES = ('toeplitz', 'layouts', 'tuning', 'convolution', 'gram', 'branches', 'statistics', 'block')
 
 
 @contextlib.contextmanager
