@@ -32,8 +32,10 @@ from .branches import (
 
 __all__ = ['block_backward', 'block_forward', 'block_stats', 'block_sums', 'block_supports']
 
-_SCRATCH = 2**24  # bytes of e_b in all programs together: a fraction of the L2 cache of the GPUs with tensor cores
-_GRAMS = 24 * 32  # columns of Gram matrices that fit into the registers of a program
+_WARPS = 4
+_RESIDENT = 264  # programs of the input gradient, two on each of 132 multiprocessors
+_SCRATCH = 2**24  # bytes of e_b in all of them together: a fraction of the L2 cache of an A100 or H100
+_GRAMS = 16 * 32  # columns of Gram matrices that fit into the registers of a program
 
 
 def block_supports(x: Tensor, kernel: Sequence[int], dilation: Sequence[int]) -> str:
@@ -152,16 +154,16 @@ def _slopes(gamma_ptr, mean_ptr, var_ptr, sum_gamma_ptr, C, c, count, b: tl.cons
 
 def _input_grad(grad: Tensor, x: Tensor, width: int, weight: Tensor, norm: tuple, plan: Plan) -> Tensor:
     n, c, h, pitch = x.shape
-    tile, branches, reach = tile_of(x), len(plan.kernels), len(plan.taps) // 2
-    rows = tile['ROWS']
-    splits = max(1, min(statistics.splits_of(x, h), n))
-    # Strips of an image whose e_b fit; more strips compute the rows around them twice.
-    room = _SCRATCH // (c * splits * branches * pitch * x.element_size()) - 2 * reach
-    strip = h if h <= room + 2 * reach else max(rows, room // rows * rows)
+    tile, branches, reach = tile_of(x, _WARPS), len(plan.kernels), len(plan.taps) // 2
+    rows, splits = tile['ROWS'], min(statistics.splits_of(x, h), n)
+    programs = min(_RESIDENT, c * splits)
+    # An image is taken in strips where its e_b do not fit; the rows around a strip are computed twice.
+    room = _SCRATCH // (programs * branches * pitch * x.element_size())
+    strip = h if h <= room else max(1, (room - 2 * reach) // rows) * rows
     held = min(h, strip + 2 * reach)
-    scratch = x.new_empty((c, splits, branches, held, pitch))
+    scratch = x.new_empty((programs, branches, held, pitch))
     out = x.new_empty((n, c, h, width))
-    _input_grad_kernel[(c, splits)](
+    _input_grad_kernel[(programs,)](
         grad, x, weight, scratch, out, *norm[:-1], n, c, h, width, pitch, splits, strip, held, EPS=norm[-1],
         **plan.constants(), **tile,
     )  # fmt: skip
@@ -177,54 +179,54 @@ def _input_grad_kernel(
 ):  # fmt: skip
     BRANCHES: tl.constexpr = len(TAPS[0])
     REACH: tl.constexpr = len(TAPS) // 2
-    c = tl.program_id(0)
-    split = tl.program_id(1)
     pitch = pitch // ALIGN * ALIGN
     across = tl.cdiv(W, 16)
-    bands = load_bands(weight_ptr, x_ptr, C, c, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH, False)
-    turned = load_bands(weight_ptr, x_ptr, C, c, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH, True)
-    scratch = scratch_ptr + (c * SPLITS + split).to(tl.int64) * BRANCHES * HELD * pitch
-    offset = tl.load(sum_beta_ptr + c) / count
-    scales, means, slopes = (), (), ()
-    for b in tl.static_range(BRANCHES):
-        scale, mean, slope = _slopes(gamma_ptr, mean_ptr, var_ptr, sum_gamma_ptr, C, c, count, b, EPS[b])
-        scales, means, slopes = scales + (scale,), means + (mean,), slopes + (slope,)
     strips = tl.cdiv(H, STRIP)
-    for part in range(split, N * strips, SPLITS):
-        image = (part // strips * C + c).to(tl.int64) * H
-        plane = image * pitch
-        top = part % strips * STRIP
-        bottom = tl.minimum(top + STRIP, H)
-        first = tl.maximum(top - REACH, 0)
-        last = tl.minimum(bottom + REACH, H)
-        for index in range(tl.cdiv(last - first, ROWS) * across):
-            y0 = first + index // across * ROWS
-            x0 = index % across * 16
-            values = branch_values(x_ptr + plane, bands, y0, x0, H, pitch, TAPS, LEAD, DEPTH, ROWS, PRECISION)
-            y = y0 + tl.arange(0, ROWS)
-            centred = load_window(grad_ptr + plane, y, x0, H, pitch, 0, 16).to(tl.float32) - offset
-            inside = in_map(y0, x0, H, W, ROWS)
-            held = in_map(y0, x0, last, pitch, ROWS)
-            place = scratch + (y - first)[:, None] * pitch + (x0 + tl.arange(0, 16))[None, :]
-            for b in tl.static_range(BRANCHES):
-                e = tl.where(inside, centred - slopes[b] * (values[b] - means[b]), 0.0)
-                tl.store(place + b * HELD * pitch, e.to(scratch_ptr.dtype.element_ty), mask=held)
-        tl.debug_barrier()  # each tile reads what its neighbours wrote
-        for index in range(tl.cdiv(bottom - top, ROWS) * across):
-            y0 = top + index // across * ROWS
-            x0 = index % across * 16
-            total = tl.zeros((ROWS, 16), tl.float32)
-            for b in tl.static_range(BRANCHES):
-                sums = tl.zeros((ROWS, 16), tl.float32)
-                for step in tl.static_range(len(TAPS)):
-                    if TAPS[step][b] >= 0:
-                        y = y0 - first + step - REACH + tl.arange(0, ROWS)
-                        window = load_window(scratch + b * HELD * pitch, y, x0, last - first, pitch, LEAD, DEPTH)
-                        sums = tl.dot(window, turned[TAPS[step][b]], sums, input_precision=PRECISION)
-                total += scales[b] * sums
-            place = out_ptr + image * W + (y0 + tl.arange(0, ROWS))[:, None] * W + (x0 + tl.arange(0, 16))[None, :]
-            tl.store(place, total.to(out_ptr.dtype.element_ty), mask=in_map(y0, x0, bottom, W, ROWS))
-        tl.debug_barrier()  # before the next strip overwrites it
+    scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * BRANCHES * HELD * pitch
+    for unit in range(tl.program_id(0), C * SPLITS, tl.num_programs(0)):
+        c = unit // SPLITS
+        bands = load_bands(weight_ptr, x_ptr, C, c, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH, False)
+        turned = load_bands(weight_ptr, x_ptr, C, c, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH, True)
+        offset = tl.load(sum_beta_ptr + c) / count
+        scales, means, slopes = (), (), ()
+        for b in tl.static_range(BRANCHES):
+            scale, mean, slope = _slopes(gamma_ptr, mean_ptr, var_ptr, sum_gamma_ptr, C, c, count, b, EPS[b])
+            scales, means, slopes = scales + (scale,), means + (mean,), slopes + (slope,)
+        for part in range(unit % SPLITS, N * strips, SPLITS):
+            image = (part // strips * C + c).to(tl.int64) * H
+            plane = image * pitch
+            top = part % strips * STRIP
+            bottom = tl.minimum(top + STRIP, H)
+            first = tl.maximum(top - REACH, 0)
+            last = tl.minimum(bottom + REACH, H)
+            for index in range(tl.cdiv(last - first, ROWS) * across):
+                y0 = first + index // across * ROWS
+                x0 = index % across * 16
+                values = branch_values(x_ptr + plane, bands, y0, x0, H, pitch, TAPS, LEAD, DEPTH, ROWS, PRECISION)
+                y = y0 + tl.arange(0, ROWS)
+                centred = load_window(grad_ptr + plane, y, x0, H, pitch, 0, 16).to(tl.float32) - offset
+                inside = in_map(y0, x0, H, W, ROWS)
+                held = in_map(y0, x0, last, pitch, ROWS)
+                place = scratch + (y - first)[:, None] * pitch + (x0 + tl.arange(0, 16))[None, :]
+                for b in tl.static_range(BRANCHES):
+                    e = tl.where(inside, centred - slopes[b] * (values[b] - means[b]), 0.0)
+                    tl.store(place + b * HELD * pitch, e.to(scratch_ptr.dtype.element_ty), mask=held)
+            tl.debug_barrier()  # each tile reads what its neighbours wrote
+            for index in range(tl.cdiv(bottom - top, ROWS) * across):
+                y0 = top + index // across * ROWS
+                x0 = index % across * 16
+                total = tl.zeros((ROWS, 16), tl.float32)
+                for b in tl.static_range(BRANCHES):
+                    sums = tl.zeros((ROWS, 16), tl.float32)
+                    for step in tl.static_range(len(TAPS)):
+                        if TAPS[step][b] >= 0:
+                            y = y0 - first + step - REACH + tl.arange(0, ROWS)
+                            window = load_window(scratch + b * HELD * pitch, y, x0, last - first, pitch, LEAD, DEPTH)
+                            sums = tl.dot(window, turned[TAPS[step][b]], sums, input_precision=PRECISION)
+                    total += scales[b] * sums
+                place = out_ptr + image * W + (y0 + tl.arange(0, ROWS))[:, None] * W + (x0 + tl.arange(0, 16))[None, :]
+                tl.store(place, total.to(out_ptr.dtype.element_ty), mask=in_map(y0, x0, bottom, W, ROWS))
+            tl.debug_barrier()  # before the next strip overwrites it
 
 
 # ------------------------------------------------------------------------------------------ gradient of the weights
@@ -246,7 +248,7 @@ def _groups(plan: Plan) -> list[tuple[tuple[int, ...], int, int]]:
 
 def _weight_grad(grad: Tensor, x: Tensor, width: int, weight: Tensor, norm: tuple, plan: Plan) -> Tensor:
     n, c, h, pitch = x.shape
-    tile = tile_of(x)
+    tile = tile_of(x, _WARPS)
     splits = statistics.splits_of(x, tile['ROWS'])
     out = x.new_empty((splits, weight.numel()), dtype=torch.float32)
     for members, first, end in _groups(plan):

@@ -39,7 +39,7 @@ class Plan(NamedTuple):
         taps: For each row of the window, from the top, and each branch, which of all rows of the kernels belongs
             there, counted from the first of the first branch; -1 where a branch has no tap in this row of the window.
         lead: Columns of the window to the left of a tile.
-        depth: Columns of the window.
+        depth: Columns of the window, a power of two.
     """
 
     kernels: tuple[int, ...]
@@ -72,7 +72,7 @@ def plan_of(kernels: tuple[int, ...], dilations: tuple[int, ...], members: tuple
             )
         )
     lead = _VECTOR if max(reaches) <= _VECTOR else 2 * _VECTOR
-    return Plan(kernels, dilations, before, tuple(taps), lead, COLUMNS + 2 * lead)
+    return Plan(kernels, dilations, before, tuple(taps), lead, 4 * lead)
 
 
 def unsupported(kernels: Sequence[int], dilations: Sequence[int]) -> str:
@@ -93,10 +93,14 @@ def to_rows(x: Tensor) -> Tensor:
     return x if w % 4 == 0 else F.pad(x, (0, -w % _VECTOR))
 
 
-def tile_of(x: Tensor) -> dict[str, Any]:
-    """How large the tiles of ``x`` (N, C, H, pitch) are, and how their matrix products are computed."""
+def tile_of(x: Tensor, warps: int) -> dict[str, Any]:
+    """How large the tiles of ``x`` (N, C, H, pitch) are, how their matrix products are computed, and by how many warps.
+
+    In float32 an operand takes twice as many registers, so that it takes four warps at least.
+    """
     align = _VECTOR if x.shape[3] % _VECTOR == 0 else 4
-    return {'ROWS': 32, 'ALIGN': align, 'PRECISION': precision(x), 'num_warps': 4, 'num_stages': 1}
+    warps = max(warps, x.element_size())
+    return {'ROWS': 32, 'ALIGN': align, 'PRECISION': precision(x), 'num_warps': warps, 'num_stages': 1}
 
 
 @triton.jit

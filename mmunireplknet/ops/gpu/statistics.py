@@ -17,6 +17,7 @@ from .branches import COLUMNS, Plan, branch_values, in_map, load_bands, load_win
 
 __all__ = ['finish', 'gradient_sums', 'merge', 'moments', 'splits_of']
 
+_WARPS = 2
 _PROGRAMS = 1024  # enough for 132 multiprocessors, a handful on each
 
 
@@ -36,7 +37,7 @@ def moments(x: Tensor, width: int, weight: Tensor, plan: Plan) -> Tensor:
         plan: Of the branches.
     """
     n, c, h, pitch = x.shape
-    tile = tile_of(x)
+    tile = tile_of(x, _WARPS)
     splits = splits_of(x, tile['ROWS'])
     out = x.new_empty((splits, 2 * len(plan.kernels) + 1, c), dtype=torch.float32)
     _moments_kernel[(c, splits)](
@@ -186,7 +187,7 @@ def gradient_sums(
         eps: One a branch.
     """
     n, c, h, pitch = x.shape
-    tile, branches = tile_of(x), len(plan.kernels)
+    tile, branches = tile_of(x, _WARPS), len(plan.kernels)
     splits = splits_of(x, tile['ROWS'])
     out = x.new_empty((splits, branches + 1, c), dtype=torch.float32)
     _gradient_sums_kernel[(c, splits)](

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
-import subprocess
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,16 +14,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-TOOLS = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
-
-
-class Resources(NamedTuple):
-    """Of a compiled kernel; ``stack`` is 0 unless registers are spilled, ``instructions`` counts by opcode."""
-
-    registers: int
-    stack: int
-    shared: int
-    instructions: Counter
+from . import machine_code
 
 
 class Launch(NamedTuple):
@@ -45,8 +33,8 @@ class Launch(NamedTuple):
         """By name."""
         return dict(self.kernel.signature.bind_partial(*self.args).arguments) | self.kwargs
 
-    def resources(self, capability: int, folder: Path) -> Resources:
-        """Compile it as a launch on a GPU of this compute capability would."""
+    def code(self, capability: int, folder: Path, trips: int = 1) -> machine_code.Code:
+        """Compile it as a launch on a GPU of this compute capability would, and read the machine code."""
         target = GPUTarget('cuda', capability, 32)
         backend = CUDABackend(target)
         bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
@@ -56,13 +44,7 @@ class Launch(NamedTuple):
         )
         source = ASTSource(self.kernel, signature, constants, attributes)
         compiled = triton.compile(source, target=target, options=options.__dict__)
-        binary = folder / f'{self.name}.{capability}.cubin'
-        binary.write_bytes(compiled.asm['cubin'])
-        usage = _run('cuobjdump', '-res-usage', binary)
-        registers, stack = (int(re.search(rf'{word}:(\d+)', usage)[1]) for word in ('REG', 'STACK'))
-        code = _run('nvdisasm', '-c', binary)
-        opcodes = re.findall(r'^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z]\w+)', code, re.MULTILINE)
-        return Resources(registers, stack, compiled.metadata.shared, Counter(opcodes))
+        return machine_code.read(machine_code.Launch(self.name, self.grid, bound, compiled), folder, trips)
 
 
 @contextlib.contextmanager
@@ -83,7 +65,3 @@ def launches_of(function: Callable, *args: Any) -> list[Launch]:
     with recorded() as launches:
         function(*args)
     return launches
-
-
-def _run(tool: str, *args: Any) -> str:
-    return subprocess.run([TOOLS / tool, *args], check=True, capture_output=True, text=True).stdout

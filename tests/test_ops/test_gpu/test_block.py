@@ -15,17 +15,18 @@ from .launches import Launch, launches_of
 from .test_statistics import operands
 
 OPS = torch.ops.mmuni
-# Relative L2 errors. Half precision rounds y, the gradient of x and what it is made of; statistics and sums are exact.
-SINGLE = {'y': 1e-6, 'mean': 1e-6, 'var': 1e-6, 'x': 1e-6, 'weights': 2e-6, 'gammas': 1e-6, 'betas': 1e-6}
-TOLERANCE = {torch.float32: SINGLE, torch.float16: {**SINGLE, 'y': 5e-4, 'x': 5e-4, 'weights': 5e-4}}
+# Relative L2 errors. Half precision rounds y, the gradient of x and, before the sums for the weights, those of the
+# branches; statistics and the other sums are as exact as in single precision. A gamma here is that of a single channel.
+SINGLE = {'y': 1e-6, 'mean': 1e-6, 'var': 1e-6, 'x': 1e-6, 'weights': 5e-6, 'gammas': 5e-6, 'betas': 1e-6}
+TOLERANCE = {torch.float32: SINGLE, torch.float16: {**SINGLE, 'y': 5e-4, 'x': 5e-4, 'weights': 1e-3}}
 SLOW = [
-    Case('13', (9, 14), 1, 2),
+    Case('13', (9, 14), 1, 1),
     Case('13', (5, 11), 1, 1, 'channels_last', torch.float16),
-    Case('13', (2, 3), 1, 3, dtype=torch.float16),
-    Case('17', (20, 18), 1, 1),
-    Case('7', (20, 37), 1, 2, 'channels_last', grad_layout='channels_last'),
-    Case('one tap', (1, 1), 2, 6),
-    Case('one tap', (7, 1), 3, 2, dtype=torch.float16),
+    Case('13', (2, 3), 1, 2, dtype=torch.float16),
+    Case('17', (20, 14), 1, 1),
+    Case('7', (4, 37), 1, 1, 'channels_last', grad_layout='channels_last'),
+    Case('one tap', (1, 1), 1, 6),
+    Case('one tap', (7, 1), 1, 2, dtype=torch.float16),
     Case('twelve', (6, 8), 1, 1),
 ]
 
@@ -69,7 +70,7 @@ def mistakes(gpu: SimpleNamespace, inputs: Inputs) -> list[str]:
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
 def test_a_small_block(gpu: SimpleNamespace, dtype: torch.dtype) -> None:
     """The rest of the cases is slow."""
-    assert mistakes(gpu, rounded(Case('one tap', (3, 5), 1, 2, dtype=dtype))) == []
+    assert mistakes(gpu, rounded(Case('one branch', (3, 5), 1, 2, dtype=dtype))) == []
 
 
 @pytest.mark.slow
@@ -91,7 +92,7 @@ def test_a_kernel_of_31(gpu: SimpleNamespace) -> None:
 @pytest.mark.slow
 def test_strips(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """A map whose branches do not fit into the memory for them is taken in strips, with the same results."""
-    inputs = inputs_of(Case('one branch', (75, 4), 1, 2))
+    inputs = inputs_of(Case('one branch', (75, 4), 1, 1))
     whole = compute(gpu, inputs)['x'][0]
     launches = []
     monkeypatch.setattr(gpu.block, '_SCRATCH', 1)
@@ -99,7 +100,7 @@ def test_strips(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = {'__getitem__': lambda self, grid: lambda *a, **k: launches.append(a) or kernel[grid](*a, **k)}
     monkeypatch.setattr(gpu.block, '_input_grad_kernel', type('Watched', (), watched)())
     strips = compute(gpu, inputs)['x'][0]
-    assert launches[0][3].shape[3] == 32 + 2 * 3  # rows of a tile and what a 7x7 kernel reaches
+    assert launches[0][3].shape[2] == 32 + 2 * 3  # rows of a tile and what a 7x7 kernel reaches
     assert torch.equal(strips, whole)
 
 
@@ -186,7 +187,7 @@ def passes(launch: Launch, shape: tuple[int, ...]) -> int:
 
 @pytest.mark.parametrize('shape', [(16, 320, 32, 32), (2, 320, 52, 84)])
 def test_passes_over_the_map(shape: tuple[int, int, int, int]) -> None:
-    """Three forward, as few as a normalization of one convolution has; nine backward, none of which writes a branch."""
+    """Three forward; eleven backward, of which one writes."""
     forward, backward = launches(shape)
     assert {launch.name: passes(launch, shape) for launch in forward if passes(launch, shape)} == {
         '_moments_kernel': 1,
@@ -194,7 +195,7 @@ def test_passes_over_the_map(shape: tuple[int, int, int, int]) -> None:
     }
     assert [(launch.name, passes(launch, shape)) for launch in backward] == [
         ('_gradient_sums_kernel', 2),
-        *[('_weight_grad_kernel', 2)] * 2,
+        *[('_weight_grad_kernel', 2)] * 3,
         ('_input_grad_kernel', 3),
     ]
     assert len(forward) <= 4

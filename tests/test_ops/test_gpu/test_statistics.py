@@ -32,7 +32,7 @@ def statistics(gpu: SimpleNamespace, inputs: Inputs) -> tuple[Tensor, Tensor, Te
     [
         Case('one branch', (5, 9), 2, 1),
         Case('7', (3, 5), 1, 3),
-        Case('one tap', (1, 20), 2, 2, 'channels_last'),
+        Case('one tap', (1, 20), 1, 1, 'channels_last'),
         Case('one tap', (2, 3), 2, 1, dtype=torch.float16),
     ],
     ids=str,
@@ -63,6 +63,7 @@ def test_a_mean_far_from_zero(gpu: SimpleNamespace, offset: float) -> None:
     assert relative_error(mean, expected_mean) < 1e-6
 
 
+@pytest.mark.slow
 def test_many_tiles_of_a_program(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """How the tiles are divided among programs changes nothing but the rounding."""
     inputs = inputs_of(Case('one branch', (35, 20), 1, 2))
@@ -87,5 +88,5 @@ def test_each_row_of_a_plan_is_used_once(gpu: SimpleNamespace) -> None:
     plan = gpu.branches.plan_of((13, 5, 7, 3, 3, 3), (1, 1, 2, 3, 4, 5))
     rows = [row for taps in plan.taps for row in taps if row >= 0]
     assert sorted(rows) == list(range(34))
-    assert [taps.count(-1) for taps in plan.taps] == [4, 4, 4, 3, 2, 3, 0, 3, 2, 3, 4, 4, 4]
+    assert [taps.count(-1) for taps in plan.taps] == [4, 4, 3, 4, 3, 4, 0, 4, 3, 4, 3, 4, 4]
     assert plan.taps[6] == (6, 15, 21, 26, 29, 32)  # the middle
