@@ -1,4 +1,5 @@
-# mypy: allow-untyped-defs
+# ruff: noqa: RUF005 - Triton knows no starred tuples
+# mypy: allow-untyped-defs, disable-error-code="assignment, var-annotated"
 """The Dilated Reparam Block in training, on a GPU, in Triton: what ``ops.dilated_reparam`` has as four operators.
 
 Forward, the block is one convolution, merged by the statistics of the batch: one pass over the map for these, one
@@ -27,20 +28,41 @@ from torch import Tensor
 
 from . import convolution, layouts, statistics
 from .branches import (
-    COLUMNS, Plan, branch_values, in_map, load_bands, load_window, plan_of, tile_at, tile_of, to_rows, unsupported,
-)  # fmt: skip
+    Plan,
+    branch_values,
+    in_map,
+    load_band,
+    load_bands,
+    load_window,
+    plan_of,
+    tile_at,
+    tile_of,
+    to_rows,
+    unsupported,
+)
 
 __all__ = ['block_backward', 'block_forward', 'block_stats', 'block_sums', 'block_supports']
 
 _WARPS = 4
 _RESIDENT = 264  # programs of the input gradient, two on each of 132 multiprocessors
 _SCRATCH = 2**24  # bytes of e_b in all of them together: a fraction of the L2 cache of an A100 or H100
+_SHARED = 96 * 2**10  # bytes of shared memory that a program may have on every GPU from compute capability 8.0
+_SHARED_90 = 227 * 2**10  # of compute capability 9.0, where there is no GPU to ask
+_TILE = 12 * 2**10  # bytes for the operands of a tile
 _GRAMS = 16 * 32  # columns of Gram matrices that fit into the registers of a program
 
 
 def block_supports(x: Tensor, kernel: Sequence[int], dilation: Sequence[int]) -> str:
     """Why there are no kernels for maps like ``x`` (N, C, H, W) and such branches; empty where there are."""
-    return unsupported(kernel, dilation) or convolution.supports(x, kernel[0], 1)
+    if reason := unsupported(kernel, dilation) or convolution.supports(x, kernel[0], 1):
+        return reason
+    needed = _plan(kernel, dilation).shared_bytes(x) + _TILE
+    held = _SHARED_90
+    if x.is_cuda:
+        held = triton.runtime.driver.active.utils.get_device_properties(x.device.index)['max_shared_mem']
+    if needed > held:
+        return f'the branches take {needed} bytes of shared memory, of which there are {held}.'
+    return ''
 
 
 def block_forward(
@@ -165,7 +187,7 @@ def _input_grad(grad: Tensor, x: Tensor, width: int, weight: Tensor, norm: tuple
     out = x.new_empty((n, c, h, width))
     _input_grad_kernel[(programs,)](
         grad, x, weight, scratch, out, *norm[:-1], n, c, h, width, pitch, splits, strip, held, EPS=norm[-1],
-        **plan.constants(), **tile,
+        KEPT=2 * plan.shared_bytes(x) <= _SHARED, **plan.constants(), **tile,
     )  # fmt: skip
     return out
 
@@ -176,6 +198,7 @@ def _input_grad_kernel(
     gamma_ptr, mean_ptr, var_ptr, sum_gamma_ptr, sum_beta_ptr, count, N, C, H, W, pitch, SPLITS, STRIP, HELD,
     EPS: tl.constexpr, KERNELS: tl.constexpr, DILATIONS: tl.constexpr, BEFORE: tl.constexpr, TAPS: tl.constexpr,
     LEAD: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    KEPT: tl.constexpr,
 ):  # fmt: skip
     BRANCHES: tl.constexpr = len(TAPS[0])
     REACH: tl.constexpr = len(TAPS) // 2
@@ -185,8 +208,10 @@ def _input_grad_kernel(
     scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * BRANCHES * HELD * pitch
     for unit in range(tl.program_id(0), C * SPLITS, tl.num_programs(0)):
         c = unit // SPLITS
-        bands = load_bands(weight_ptr, x_ptr, C, c, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH, False)
-        turned = load_bands(weight_ptr, x_ptr, C, c, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH, True)
+        bands, turned = (), ()
+        if KEPT:
+            bands = load_bands(weight_ptr, x_ptr, C, c, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH, False)
+            turned = load_bands(weight_ptr, x_ptr, C, c, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH, True)
         offset = tl.load(sum_beta_ptr + c) / count
         scales, means, slopes = (), (), ()
         for b in tl.static_range(BRANCHES):
@@ -202,7 +227,10 @@ def _input_grad_kernel(
             for index in range(tl.cdiv(last - first, ROWS) * across):
                 y0 = first + index // across * ROWS
                 x0 = index % across * 16
-                values = branch_values(x_ptr + plane, bands, y0, x0, H, pitch, TAPS, LEAD, DEPTH, ROWS, PRECISION)
+                values = branch_values(
+                    x_ptr + plane, bands, weight_ptr, C, c, y0, x0, H, pitch, KERNELS, DILATIONS, BEFORE, TAPS, LEAD,
+                    DEPTH, ROWS, PRECISION, KEPT,
+                )  # fmt: skip
                 y = y0 + tl.arange(0, ROWS)
                 centred = load_window(grad_ptr + plane, y, x0, H, pitch, 0, 16).to(tl.float32) - offset
                 inside = in_map(y0, x0, H, W, ROWS)
@@ -222,7 +250,14 @@ def _input_grad_kernel(
                         if TAPS[step][b] >= 0:
                             y = y0 - first + step - REACH + tl.arange(0, ROWS)
                             window = load_window(scratch + b * HELD * pitch, y, x0, last - first, pitch, LEAD, DEPTH)
-                            sums = tl.dot(window, turned[TAPS[step][b]], sums, input_precision=PRECISION)
+                            if KEPT:
+                                band = turned[TAPS[step][b]]
+                            else:
+                                band = load_band(
+                                    weight_ptr, x_ptr, C, c, b, step, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH,
+                                    True,
+                                )  # fmt: skip
+                            sums = tl.dot(window, band, sums, input_precision=PRECISION)
                     total += scales[b] * sums
                 place = out_ptr + image * W + (y0 + tl.arange(0, ROWS))[:, None] * W + (x0 + tl.arange(0, 16))[None, :]
                 tl.store(place, total.to(out_ptr.dtype.element_ty), mask=in_map(y0, x0, bottom, W, ROWS))
@@ -285,7 +320,10 @@ def _weight_grad_kernel(
     for index in range(split, N * tl.cdiv(H, ROWS) * tl.cdiv(W, 16), SPLITS):
         n, y0, x0 = tile_at(index, H, W, ROWS)
         plane = (n * C + c).to(tl.int64) * H * pitch
-        values = branch_values(x_ptr + plane, bands, y0, x0, H, pitch, TAPS, LEAD, DEPTH, ROWS, PRECISION)
+        values = branch_values(
+            x_ptr + plane, bands, weight_ptr, C, c, y0, x0, H, pitch, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH,
+            ROWS, PRECISION, True,
+        )  # fmt: skip
         y = y0 + tl.arange(0, ROWS)
         centred = load_window(grad_ptr + plane, y, x0, H, pitch, 0, 16).to(tl.float32) - offset
         inside = in_map(y0, x0, H, W, ROWS)

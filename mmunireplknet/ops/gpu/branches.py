@@ -1,10 +1,11 @@
-# mypy: allow-untyped-defs
+# ruff: noqa: RUF005 - Triton knows no starred tuples
+# mypy: allow-untyped-defs, disable-error-code="assignment, var-annotated"
 """The branches of a Dilated Reparam Block inside of a tile of the map, on tensor cores.
 
 A row of a kernel over 16 neighbouring columns is a matrix product with a banded (Toeplitz) matrix. All branches look at
 the same window of the map, so that each of its rows is read once for all of them; the matrices of the smaller branches
-have zeros around their band. The window begins at a multiple of 8 pixels and rows of the map at one of 4 or 8, for loads
-of 8 or 16 bytes: maps of other widths are copied first, with zeros at the end of every row.
+have zeros around their band. The window begins at a multiple of 8 pixels and rows of the map at one of 4 or 8, for
+loads of 8 or 16 bytes: maps of other widths are copied first, with zeros at the end of every row.
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ class Plan(NamedTuple):
     taps: tuple[tuple[int, ...], ...]
     lead: int
     depth: int
+
+    def shared_bytes(self, x: Tensor) -> int:
+        """Shared memory for the banded matrices of all branches; TF32 in three parts keeps each in two."""
+        parts = 2 if x.dtype == torch.float32 and precision(x) == 'tf32x3' else 1
+        return sum(self.kernels) * self.depth * COLUMNS * x.element_size() * parts
 
     def constants(self) -> dict[str, Any]:
         """The plan as arguments of a kernel."""
@@ -112,45 +118,65 @@ def load_window(plane, y, x0, H, PITCH, LEAD: tl.constexpr, DEPTH: tl.constexpr)
 
 
 @triton.jit
+def load_band(
+    weight, x, C, c, b: tl.constexpr, step: tl.constexpr, KERNELS: tl.constexpr, DILATIONS: tl.constexpr,
+    BEFORE: tl.constexpr, TAPS: tl.constexpr, LEAD: tl.constexpr, DEPTH: tl.constexpr, FLIPPED: tl.constexpr,
+):  # fmt: skip
+    """The row of the kernel of branch ``b`` for a row of the window: a banded matrix (DEPTH, 16) in the dtype of ``x``.
+
+    ``FLIPPED`` turns the kernel by 180 degrees.
+    """
+    column = tl.arange(0, DEPTH)[:, None] - tl.arange(0, 16)[None, :] - LEAD + KERNELS[b] // 2 * DILATIONS[b]
+    kx = column // DILATIONS[b]
+    taken = (column >= 0) & (kx < KERNELS[b]) & (column % DILATIONS[b] == 0)
+    place = ((step - len(TAPS) // 2) // DILATIONS[b] + KERNELS[b] // 2) * KERNELS[b] + kx
+    if FLIPPED:
+        place = KERNELS[b] * KERNELS[b] - 1 - place
+    kernel = weight + BEFORE[b] * C + c * (KERNELS[b] * KERNELS[b])
+    return tl.load(kernel + place, mask=taken, other=0.0).to(x.dtype.element_ty)
+
+
+@triton.jit
 def load_bands(
     weight, x, C, c, KERNELS: tl.constexpr, DILATIONS: tl.constexpr, BEFORE: tl.constexpr, TAPS: tl.constexpr,
     LEAD: tl.constexpr, DEPTH: tl.constexpr, FLIPPED: tl.constexpr,
 ):  # fmt: skip
-    """The rows of all kernels of a channel as banded matrices (DEPTH, 16) in the dtype of ``x``: a tuple.
-
-    ``FLIPPED`` turns the kernels by 180 degrees. Loops over tiles keep the matrices in shared memory.
-    """
+    """The rows of all kernels of a channel, see ``load_band``: a tuple, which loops keep in shared memory."""
     bands = ()
     for b in tl.static_range(len(KERNELS)):
-        column = tl.arange(0, DEPTH)[:, None] - tl.arange(0, 16)[None, :] - LEAD + KERNELS[b] // 2 * DILATIONS[b]
-        kx = column // DILATIONS[b]
-        taken = (column >= 0) & (kx < KERNELS[b]) & (column % DILATIONS[b] == 0)
-        kernel = weight + BEFORE[b] * C + c * (KERNELS[b] * KERNELS[b])
-        if FLIPPED:
-            kernel += KERNELS[b] * KERNELS[b] - 1
-            kx = -kx
         for step in tl.static_range(len(TAPS)):
             if TAPS[step][b] >= 0:
-                ky = (step - len(TAPS) // 2) // DILATIONS[b] + KERNELS[b] // 2
-                row = kernel + kx + (-ky if FLIPPED else ky) * KERNELS[b]
-                bands = bands + (tl.load(row, mask=taken, other=0.0).to(x.dtype.element_ty),)
+                band = load_band(
+                    weight, x, C, c, b, step, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH, FLIPPED
+                )  # fmt: skip
+                bands = bands + (band,)
     return bands
 
 
 @triton.jit
 def branch_values(
-    plane, bands, y0, x0, H, PITCH, TAPS: tl.constexpr, LEAD: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    plane, bands, weight, C, c, y0, x0, H, PITCH, KERNELS: tl.constexpr, DILATIONS: tl.constexpr, BEFORE: tl.constexpr,
+    TAPS: tl.constexpr, LEAD: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of the branches of ``TAPS`` in the tile at (y0, x0): a tuple of (ROWS, 16) in float32."""
+    """Outputs of the branches in the tile at (y0, x0): a tuple of (ROWS, 16) in float32.
+
+    Without ``KEPT``, ``bands`` are not used but loaded again.
+    """
     values = ()
-    for _ in tl.static_range(len(TAPS[0])):
+    for _ in tl.static_range(len(KERNELS)):
         values = values + (tl.zeros((ROWS, 16), tl.float32),)
     for step in tl.static_range(len(TAPS)):
         window = load_window(plane, y0 + step - len(TAPS) // 2 + tl.arange(0, ROWS), x0, H, PITCH, LEAD, DEPTH)
-        for b in tl.static_range(len(TAPS[0])):
+        for b in tl.static_range(len(KERNELS)):
             if TAPS[step][b] >= 0:
-                more = tl.dot(window, bands[TAPS[step][b]], values[b], input_precision=PRECISION)
+                if KEPT:
+                    band = bands[TAPS[step][b]]
+                else:
+                    band = load_band(
+                        weight, plane, C, c, b, step, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH, False
+                    )  # fmt: skip
+                more = tl.dot(window, band, values[b], input_precision=PRECISION)
                 values = values[:b] + (more,) + values[b + 1 :]
     return values
 

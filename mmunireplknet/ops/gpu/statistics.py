@@ -1,4 +1,5 @@
-# mypy: allow-untyped-defs
+# ruff: noqa: RUF005 - Triton knows no starred tuples
+# mypy: allow-untyped-defs, disable-error-code="assignment, var-annotated"
 """Statistics of the branches of a Dilated Reparam Block, without their outputs ever being written.
 
 One pass over the map takes mean and variance of every branch from the float32 accumulators, before anything is rounded;
@@ -40,9 +41,7 @@ def moments(x: Tensor, width: int, weight: Tensor, plan: Plan) -> Tensor:
     tile = tile_of(x, _WARPS)
     splits = splits_of(x, tile['ROWS'])
     out = x.new_empty((splits, 2 * len(plan.kernels) + 1, c), dtype=torch.float32)
-    _moments_kernel[(c, splits)](
-        x, weight, out, n, c, h, width, pitch, splits, **plan.constants(), **tile
-    )
+    _moments_kernel[(c, splits)](x, weight, out, n, c, h, width, pitch, splits, **plan.constants(), **tile)
     return out
 
 
@@ -67,7 +66,10 @@ def _moments_kernel(
     for index in range(split, N * tl.cdiv(H, ROWS) * tl.cdiv(W, 16), SPLITS):
         n, y0, x0 = tile_at(index, H, W, ROWS)
         plane = x_ptr + (n * C + c).to(tl.int64) * H * pitch
-        values = branch_values(plane, bands, y0, x0, H, pitch, TAPS, LEAD, DEPTH, ROWS, PRECISION)
+        values = branch_values(
+            plane, bands, weight_ptr, C, c, y0, x0, H, pitch, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH,
+            ROWS, PRECISION, True,
+        )  # fmt: skip
         valid = in_map(y0, x0, H, W, ROWS)
         fresh = tl.sum(valid.to(tl.float32), axis=1)
         inverse = 1 / tl.maximum(fresh, 1)
@@ -216,7 +218,10 @@ def _gradient_sums_kernel(
     for index in range(split, N * tl.cdiv(H, ROWS) * tl.cdiv(W, 16), SPLITS):
         n, y0, x0 = tile_at(index, H, W, ROWS)
         offset = (n * C + c).to(tl.int64) * H * pitch
-        values = branch_values(x_ptr + offset, bands, y0, x0, H, pitch, TAPS, LEAD, DEPTH, ROWS, PRECISION)
+        values = branch_values(
+            x_ptr + offset, bands, weight_ptr, C, c, y0, x0, H, pitch, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH,
+            ROWS, PRECISION, True,
+        )  # fmt: skip
         grad = load_window(grad_ptr + offset, y0 + tl.arange(0, ROWS), x0, H, pitch, 0, 16).to(tl.float32)
         total += tl.sum(grad, axis=1)
         for b in tl.static_range(BRANCHES):

@@ -1,4 +1,4 @@
-"""What the functions of the GPU package launch, for maps of any size: recorded on meta tensors, compiled without a GPU."""
+"""What the functions of the GPU package launch, for maps of any size: recorded on meta tensors."""
 
 from __future__ import annotations
 
