@@ -44,8 +44,8 @@ from .branches import (
 __all__ = ['block_backward', 'block_forward', 'block_stats', 'block_sums', 'block_supports']
 
 _WARPS = 4
-_RESIDENT = 264  # programs of the input gradient, two on each of 132 multiprocessors
-_SCRATCH = 2**24  # bytes of e_b in all of them together: a fraction of the L2 cache of an A100 or H100
+_RESIDENT = 528  # programs of the input gradient at a time, four for each of 132 multiprocessors
+_SCRATCH = 2**25  # bytes of e_b in all of them together, which the L2 cache of an A100 or H100 holds
 _SHARED = 96 * 2**10  # bytes of shared memory that a program may have on every GPU from compute capability 8.0
 _SHARED_90 = 227 * 2**10  # of compute capability 9.0, where there is no GPU to ask
 _TILE = 12 * 2**10  # bytes for the operands of a tile
@@ -178,90 +178,91 @@ def _input_grad(grad: Tensor, x: Tensor, width: int, weight: Tensor, norm: tuple
     n, c, h, pitch = x.shape
     tile, branches, reach = tile_of(x, _WARPS), len(plan.kernels), len(plan.taps) // 2
     rows, splits = tile['ROWS'], min(statistics.splits_of(x, h), n)
-    programs = min(_RESIDENT, c * splits)
+    some = min(c, max(1, _RESIDENT // splits))  # channels at a time: those of the next launch take the same memory
     # An image is taken in strips where its e_b do not fit; the rows around a strip are computed twice.
-    room = _SCRATCH // (programs * branches * pitch * x.element_size())
+    room = _SCRATCH // (some * splits * branches * pitch * x.element_size())
     strip = h if h <= room else max(1, (room - 2 * reach) // rows) * rows
     held = min(h, strip + 2 * reach)
-    scratch = x.new_empty((programs, branches, held, pitch))
+    scratch = x.new_empty((some, splits, branches, held, pitch))
     out = x.new_empty((n, c, h, width))
-    _input_grad_kernel[(programs,)](
-        grad, x, weight, scratch, out, *norm[:-1], n, c, h, width, pitch, splits, strip, held, EPS=norm[-1],
-        KEPT=2 * plan.shared_bytes(x) <= _SHARED, **plan.constants(), **tile,
-    )  # fmt: skip
+    for first in range(0, c, some):
+        _input_grad_kernel[(min(some, c - first), splits)](
+            grad, x, weight, scratch, out, *norm[:-1], first, n, c, h, width, pitch, splits, strip, held,
+            EPS=norm[-1], KEPT=2 * plan.shared_bytes(x) <= _SHARED, **plan.constants(), **tile,
+        )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=['N', 'C', 'H', 'W', 'pitch', 'SPLITS', 'STRIP', 'HELD'])
+@triton.jit(do_not_specialize=['FIRST', 'N', 'C', 'H', 'W', 'pitch', 'SPLITS', 'STRIP', 'HELD'])
 def _input_grad_kernel(
     grad_ptr, x_ptr, weight_ptr, scratch_ptr, out_ptr,
-    gamma_ptr, mean_ptr, var_ptr, sum_gamma_ptr, sum_beta_ptr, count, N, C, H, W, pitch, SPLITS, STRIP, HELD,
+    gamma_ptr, mean_ptr, var_ptr, sum_gamma_ptr, sum_beta_ptr, count, FIRST, N, C, H, W, pitch, SPLITS, STRIP, HELD,
     EPS: tl.constexpr, KERNELS: tl.constexpr, DILATIONS: tl.constexpr, BEFORE: tl.constexpr, TAPS: tl.constexpr,
     LEAD: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     KEPT: tl.constexpr,
 ):  # fmt: skip
     BRANCHES: tl.constexpr = len(TAPS[0])
     REACH: tl.constexpr = len(TAPS) // 2
+    split = tl.program_id(1)
+    c = FIRST + tl.program_id(0)
     pitch = pitch // ALIGN * ALIGN
     across = tl.cdiv(W, 16)
     strips = tl.cdiv(H, STRIP)
-    scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * BRANCHES * HELD * pitch
-    for unit in range(tl.program_id(0), C * SPLITS, tl.num_programs(0)):
-        c = unit // SPLITS
-        bands, turned = (), ()
-        if KEPT:
-            bands = load_bands(weight_ptr, x_ptr, C, c, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH, False)
-            turned = load_bands(weight_ptr, x_ptr, C, c, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH, True)
-        offset = tl.load(sum_beta_ptr + c) / count
-        scales, means, slopes = (), (), ()
-        for b in tl.static_range(BRANCHES):
-            scale, mean, slope = _slopes(gamma_ptr, mean_ptr, var_ptr, sum_gamma_ptr, C, c, count, b, EPS[b])
-            scales, means, slopes = scales + (scale,), means + (mean,), slopes + (slope,)
-        for part in range(unit % SPLITS, N * strips, SPLITS):
-            image = (part // strips * C + c).to(tl.int64) * H
-            plane = image * pitch
-            top = part % strips * STRIP
-            bottom = tl.minimum(top + STRIP, H)
-            first = tl.maximum(top - REACH, 0)
-            last = tl.minimum(bottom + REACH, H)
-            for index in range(tl.cdiv(last - first, ROWS) * across):
-                y0 = first + index // across * ROWS
-                x0 = index % across * 16
-                values = branch_values(
-                    x_ptr + plane, bands, weight_ptr, C, c, y0, x0, H, pitch, KERNELS, DILATIONS, BEFORE, TAPS, LEAD,
-                    DEPTH, ROWS, PRECISION, KEPT,
-                )  # fmt: skip
-                y = y0 + tl.arange(0, ROWS)
-                centred = load_window(grad_ptr + plane, y, x0, H, pitch, 0, 16).to(tl.float32) - offset
-                inside = in_map(y0, x0, H, W, ROWS)
-                held = in_map(y0, x0, last, pitch, ROWS)
-                place = scratch + (y - first)[:, None] * pitch + (x0 + tl.arange(0, 16))[None, :]
-                for b in tl.static_range(BRANCHES):
-                    e = tl.where(inside, centred - slopes[b] * (values[b] - means[b]), 0.0)
-                    tl.store(place + b * HELD * pitch, e.to(scratch_ptr.dtype.element_ty), mask=held)
-            tl.debug_barrier()  # each tile reads what its neighbours wrote
-            for index in range(tl.cdiv(bottom - top, ROWS) * across):
-                y0 = top + index // across * ROWS
-                x0 = index % across * 16
-                total = tl.zeros((ROWS, 16), tl.float32)
-                for b in tl.static_range(BRANCHES):
-                    sums = tl.zeros((ROWS, 16), tl.float32)
-                    for step in tl.static_range(len(TAPS)):
-                        if TAPS[step][b] >= 0:
-                            y = y0 - first + step - REACH + tl.arange(0, ROWS)
-                            window = load_window(scratch + b * HELD * pitch, y, x0, last - first, pitch, LEAD, DEPTH)
-                            if KEPT:
-                                band = turned[TAPS[step][b]]
-                            else:
-                                band = load_band(
-                                    weight_ptr, x_ptr, C, c, b, step, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH,
-                                    True,
-                                )  # fmt: skip
-                            sums = tl.dot(window, band, sums, input_precision=PRECISION)
-                    total += scales[b] * sums
-                place = out_ptr + image * W + (y0 + tl.arange(0, ROWS))[:, None] * W + (x0 + tl.arange(0, 16))[None, :]
-                tl.store(place, total.to(out_ptr.dtype.element_ty), mask=in_map(y0, x0, bottom, W, ROWS))
-            tl.debug_barrier()  # before the next strip overwrites it
+    scratch = scratch_ptr + (tl.program_id(0) * SPLITS + split).to(tl.int64) * BRANCHES * HELD * pitch
+    bands, turned = (), ()
+    if KEPT:
+        bands = load_bands(weight_ptr, x_ptr, C, c, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH, False)
+        turned = load_bands(weight_ptr, x_ptr, C, c, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH, True)
+    offset = tl.load(sum_beta_ptr + c) / count
+    scales, means, slopes = (), (), ()
+    for b in tl.static_range(BRANCHES):
+        scale, mean, slope = _slopes(gamma_ptr, mean_ptr, var_ptr, sum_gamma_ptr, C, c, count, b, EPS[b])
+        scales, means, slopes = scales + (scale,), means + (mean,), slopes + (slope,)
+    for part in range(split, N * strips, SPLITS):
+        image = (part // strips * C + c).to(tl.int64) * H
+        plane = image * pitch
+        top = part % strips * STRIP
+        bottom = tl.minimum(top + STRIP, H)
+        first = tl.maximum(top - REACH, 0)
+        last = tl.minimum(bottom + REACH, H)
+        for index in range(tl.cdiv(last - first, ROWS) * across):
+            y0 = first + index // across * ROWS
+            x0 = index % across * 16
+            values = branch_values(
+                x_ptr + plane, bands, weight_ptr, C, c, y0, x0, H, pitch, KERNELS, DILATIONS, BEFORE, TAPS, LEAD,
+                DEPTH, ROWS, PRECISION, KEPT,
+            )  # fmt: skip
+            y = y0 + tl.arange(0, ROWS)
+            centred = load_window(grad_ptr + plane, y, x0, H, pitch, 0, 16).to(tl.float32) - offset
+            inside = in_map(y0, x0, H, W, ROWS)
+            held = in_map(y0, x0, last, pitch, ROWS)
+            place = scratch + (y - first)[:, None] * pitch + (x0 + tl.arange(0, 16))[None, :]
+            for b in tl.static_range(BRANCHES):
+                e = tl.where(inside, centred - slopes[b] * (values[b] - means[b]), 0.0)
+                tl.store(place + b * HELD * pitch, e.to(scratch_ptr.dtype.element_ty), mask=held)
+        tl.debug_barrier()  # each tile reads what its neighbours wrote
+        for index in range(tl.cdiv(bottom - top, ROWS) * across):
+            y0 = top + index // across * ROWS
+            x0 = index % across * 16
+            total = tl.zeros((ROWS, 16), tl.float32)
+            for b in tl.static_range(BRANCHES):
+                sums = tl.zeros((ROWS, 16), tl.float32)
+                for step in tl.static_range(len(TAPS)):
+                    if TAPS[step][b] >= 0:
+                        y = y0 - first + step - REACH + tl.arange(0, ROWS)
+                        window = load_window(scratch + b * HELD * pitch, y, x0, last - first, pitch, LEAD, DEPTH)
+                        if KEPT:
+                            band = turned[TAPS[step][b]]
+                        else:
+                            band = load_band(
+                                weight_ptr, x_ptr, C, c, b, step, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH,
+                                True,
+                            )  # fmt: skip
+                        sums = tl.dot(window, band, sums, input_precision=PRECISION)
+                total += scales[b] * sums
+            place = out_ptr + image * W + (y0 + tl.arange(0, ROWS))[:, None] * W + (x0 + tl.arange(0, 16))[None, :]
+            tl.store(place, total.to(out_ptr.dtype.element_ty), mask=in_map(y0, x0, bottom, W, ROWS))
+        tl.debug_barrier()  # before the next strip overwrites it
 
 
 # ------------------------------------------------------------------------------------------ gradient of the weights

@@ -129,11 +129,13 @@ def load_band(
     column = tl.arange(0, DEPTH)[:, None] - tl.arange(0, 16)[None, :] - LEAD + KERNELS[b] // 2 * DILATIONS[b]
     kx = column // DILATIONS[b]
     taken = (column >= 0) & (kx < KERNELS[b]) & (column % DILATIONS[b] == 0)
-    place = ((step - len(TAPS) // 2) // DILATIONS[b] + KERNELS[b] // 2) * KERNELS[b] + kx
+    row = weight + BEFORE[b] * C + c * (KERNELS[b] * KERNELS[b])
     if FLIPPED:
-        place = KERNELS[b] * KERNELS[b] - 1 - place
-    kernel = weight + BEFORE[b] * C + c * (KERNELS[b] * KERNELS[b])
-    return tl.load(kernel + place, mask=taken, other=0.0).to(x.dtype.element_ty)
+        row += KERNELS[b] * KERNELS[b] - 1 - ((step - len(TAPS) // 2) // DILATIONS[b] + KERNELS[b] // 2) * KERNELS[b]
+        kx = -kx
+    else:
+        row += ((step - len(TAPS) // 2) // DILATIONS[b] + KERNELS[b] // 2) * KERNELS[b]
+    return tl.load(row + kx, mask=taken, other=0.0).to(x.dtype.element_ty)
 
 
 @triton.jit

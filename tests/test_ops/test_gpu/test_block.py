@@ -109,7 +109,7 @@ def test_strips(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = {'__getitem__': lambda self, grid: lambda *a, **k: launches.append(a) or kernel[grid](*a, **k)}
     monkeypatch.setattr(gpu.block, '_input_grad_kernel', type('Watched', (), watched)())
     strips = compute(gpu, inputs)['x'][0]
-    assert launches[0][3].shape[2] == 32 + 2 * 3  # rows of a tile and what a 7x7 kernel reaches
+    assert launches[0][3].shape[3] == 32 + 2 * 3  # rows of a tile and what a 7x7 kernel reaches
     assert relative_error(strips, whole.double()) < 1e-6
 
 
@@ -193,22 +193,28 @@ def passes(launch: Launch, shape: tuple[int, ...]) -> int:
     return sum(isinstance(t, torch.Tensor) and t.shape == shape for t in launch.arguments().values())
 
 
-@pytest.mark.parametrize('shape', [(16, 320, 32, 32), (2, 320, 52, 84)])
-def test_passes_over_the_map(shape: tuple[int, int, int, int]) -> None:
-    """Three forward; eleven backward, of which one writes."""
+@pytest.mark.parametrize(('shape', 'parts'), [((16, 320, 32, 32), 3), ((2, 320, 52, 84), 2), ((2, 160, 100, 168), 1)])
+def test_passes_over_the_map(shape: tuple[int, int, int, int], parts: int) -> None:
+    """Three forward; eleven backward, of which one writes. The input gradient takes some channels at a time."""
     forward, backward = launches(shape)
-    assert {launch.name: passes(launch, shape) for launch in forward if passes(launch, shape)} == {
-        '_moments_kernel': 1,
-        '_convolve': 2,
-    }
+    assert [(launch.name, passes(launch, shape)) for launch in forward] == [
+        ('_moments_kernel', 1),
+        ('_merge_kernel', 0),
+        ('_expand', 0),
+        ('_convolve', 2),
+    ]
     assert [(launch.name, passes(launch, shape)) for launch in backward] == [
         ('_gradient_sums_kernel', 2),
         *[('_weight_grad_kernel', 2)] * 3,
-        ('_input_grad_kernel', 3),
+        *[('_input_grad_kernel', 3)] * parts,
     ]
-    assert len(forward) <= 4
+    channels = [(launch.arguments()['FIRST'], launch.grid[0]) for launch in backward[4:]]
+    assert [first for first, _ in channels] == [sum(count for _, count in channels[:i]) for i in range(parts)]
+    assert sum(count for _, count in channels) == shape[1]
     scratch = backward[-1].arguments()['scratch_ptr']
-    assert scratch.numel() * 2 <= 2**24
+    assert scratch.numel() * 2 <= 2**25
+    # Rows that two strips share are computed twice.
+    assert (scratch.shape[3] == shape[2]) == (shape[2] <= 64)
 
 
 def test_what_is_supported() -> None:
