@@ -46,23 +46,26 @@ __all__ = ['block_backward', 'block_forward', 'block_stats', 'block_sums', 'bloc
 _WARPS = 4
 _RESIDENT = 528  # programs of the input gradient at a time, four for each of 132 multiprocessors
 _SCRATCH = 2**25  # bytes of e_b in all of them together, which the L2 cache of an A100 or H100 holds
-_SHARED = 96 * 2**10  # bytes of shared memory that a program may have on every GPU from compute capability 8.0
 _SHARED_90 = 227 * 2**10  # of compute capability 9.0, where there is no GPU to ask
 _TILE = 12 * 2**10  # bytes for the operands of a tile
-_GRAMS = 16 * 32  # columns of Gram matrices that fit into the registers of a program
+_GRAMS = {2: 16 * 32, 4: 13 * 32}  # columns of Gram matrices that registers hold, by the bytes of an operand
 
 
 def block_supports(x: Tensor, kernel: Sequence[int], dilation: Sequence[int]) -> str:
     """Why there are no kernels for maps like ``x`` (N, C, H, W) and such branches; empty where there are."""
     if reason := unsupported(kernel, dilation) or convolution.supports(x, kernel[0], 1):
         return reason
-    needed = _plan(kernel, dilation).shared_bytes(x) + _TILE
-    held = _SHARED_90
-    if x.is_cuda:
-        held = triton.runtime.driver.active.utils.get_device_properties(x.device.index)['max_shared_mem']
+    needed, held = _plan(kernel, dilation).shared_bytes(x) + _TILE, _shared_memory(x)
     if needed > held:
         return f'the branches take {needed} bytes of shared memory, of which there are {held}.'
     return ''
+
+
+def _shared_memory(x: Tensor) -> int:
+    """Bytes that a program may have."""
+    if not x.is_cuda:
+        return _SHARED_90
+    return triton.runtime.driver.active.utils.get_device_properties(x.device.index)['max_shared_mem']
 
 
 def block_forward(
@@ -185,10 +188,11 @@ def _input_grad(grad: Tensor, x: Tensor, width: int, weight: Tensor, norm: tuple
     held = min(h, strip + 2 * reach)
     scratch = x.new_empty((some, splits, branches, held, pitch))
     out = x.new_empty((n, c, h, width))
+    kept = 2 * plan.shared_bytes(x) + _TILE <= _shared_memory(x)
     for first in range(0, c, some):
         _input_grad_kernel[(min(some, c - first), splits)](
             grad, x, weight, scratch, out, *norm[:-1], first, n, c, h, width, pitch, splits, strip, held,
-            EPS=norm[-1], KEPT=2 * plan.shared_bytes(x) <= _SHARED, **plan.constants(), **tile,
+            EPS=norm[-1], KEPT=kept, **plan.constants(), **tile,
         )  # fmt: skip
     return out
 
@@ -269,9 +273,9 @@ def _input_grad_kernel(
 
 
 @functools.lru_cache(maxsize=256)
-def _groups(plan: Plan) -> list[tuple[tuple[int, ...], int, int]]:
+def _groups(plan: Plan, columns: int) -> list[tuple[tuple[int, ...], int, int]]:
     """Which Gram matrices, one for each row of a kernel, one program keeps: some branches, and rows of these."""
-    limit = _GRAMS // plan.depth
+    limit = columns // plan.depth
     groups: list[tuple[tuple[int, ...], int, int]] = []
     for b, k in enumerate(plan.kernels):
         members, first, end = groups[-1] if groups else ((), 0, limit)
@@ -287,7 +291,7 @@ def _weight_grad(grad: Tensor, x: Tensor, width: int, weight: Tensor, norm: tupl
     tile = tile_of(x, _WARPS)
     splits = statistics.splits_of(x, tile['ROWS'])
     out = x.new_empty((splits, weight.numel()), dtype=torch.float32)
-    for members, first, end in _groups(plan):
+    for members, first, end in _groups(plan, _GRAMS[x.element_size()]):
         part = plan_of(plan.kernels, plan.dilations, members)
         _weight_grad_kernel[(c, splits)](
             grad, x, weight, out, *norm[:-1], n, c, h, width, pitch, splits, weight.numel(),

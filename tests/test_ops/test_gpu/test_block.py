@@ -93,7 +93,7 @@ def test_bands_that_do_not_fit(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyP
     """The banded matrices are made again for every tile where shared memory does not hold them, as in float32."""
     inputs = inputs_of(Case('one tap', (4, 5), 2, 2))
     kept = compute(gpu, inputs)['x'][0]
-    monkeypatch.setattr(gpu.block, '_SHARED', 0)
+    monkeypatch.setattr(gpu.block, '_SHARED_90', 0)
     monkeypatch.setattr(gpu.block, '_RESIDENT', 1)
     assert torch.equal(compute(gpu, inputs)['x'][0], kept)
 
