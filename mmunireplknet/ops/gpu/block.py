@@ -48,7 +48,7 @@ _RESIDENT = 528  # programs of the input gradient at a time, four for each of 13
 _SCRATCH = 2**25  # bytes of e_b in all of them together, which the L2 cache of an A100 or H100 holds
 _SHARED_90 = 227 * 2**10  # of compute capability 9.0, where there is no GPU to ask
 _TILE = 12 * 2**10  # bytes for the operands of a tile
-_GRAMS = {2: 16 * 32, 4: 13 * 32}  # columns of Gram matrices that registers hold, by the bytes of an operand
+_GRAMS = 13 * 32  # columns of Gram matrices that fit into the registers of a program
 
 
 def block_supports(x: Tensor, kernel: Sequence[int], dilation: Sequence[int]) -> str:
@@ -273,9 +273,9 @@ def _input_grad_kernel(
 
 
 @functools.lru_cache(maxsize=256)
-def _groups(plan: Plan, columns: int) -> list[tuple[tuple[int, ...], int, int]]:
+def _groups(plan: Plan) -> list[tuple[tuple[int, ...], int, int]]:
     """Which Gram matrices, one for each row of a kernel, one program keeps: some branches, and rows of these."""
-    limit = columns // plan.depth
+    limit = _GRAMS // plan.depth
     groups: list[tuple[tuple[int, ...], int, int]] = []
     for b, k in enumerate(plan.kernels):
         members, first, end = groups[-1] if groups else ((), 0, limit)
@@ -291,7 +291,7 @@ def _weight_grad(grad: Tensor, x: Tensor, width: int, weight: Tensor, norm: tupl
     tile = tile_of(x, _WARPS)
     splits = statistics.splits_of(x, tile['ROWS'])
     out = x.new_empty((splits, weight.numel()), dtype=torch.float32)
-    for members, first, end in _groups(plan, _GRAMS[x.element_size()]):
+    for members, first, end in _groups(plan):
         part = plan_of(plan.kernels, plan.dilations, members)
         _weight_grad_kernel[(c, splits)](
             grad, x, weight, out, *norm[:-1], n, c, h, width, pitch, splits, weight.numel(),
