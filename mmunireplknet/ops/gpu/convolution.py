@@ -25,9 +25,8 @@ __all__ = ['forward', 'supports']
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_EXTENT = 31
-_VECTOR = 8  # pixels of 2 bytes in the widest read
 # Compiling anew for sizes that are 1 or multiples of 16 would gain nothing: they only place the patches.
-_SIZES = ['batch', 'channels', 'height', 'width_units', 'blocks']
+_SIZES = ['batch', 'channels', 'height', 'wide_units', 'width_units', 'blocks']
 PLACES = ['groups', 'groups_factor', 'groups_shift', 'tiles', 'tiles_factor', 'tiles_shift']
 
 
@@ -68,6 +67,7 @@ def _convolve(  # type: ignore[no-untyped-def]
     batch,
     channels,
     height,
+    wide_units,
     width_units,
     blocks,
     groups,
@@ -87,6 +87,7 @@ def _convolve(  # type: ignore[no-untyped-def]
     STEP_X: tl.constexpr,
     STEP_Y: tl.constexpr,
     ALIGN: tl.constexpr,
+    ALIGN_OUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     PIXELS: tl.constexpr = ROWS * COLUMNS
@@ -94,20 +95,21 @@ def _convolve(  # type: ignore[no-untyped-def]
     ACROSS: tl.constexpr = DEPTH // STEP_X
     STEPS: tl.constexpr = (ROWS + KERNEL - 1 + STEP_Y - 1) // STEP_Y * ACROSS
     FAR: tl.constexpr = -(2**30)  # a row that is in no map, as a number without sign
-    width = width_units * ALIGN  # which tells the compiler what divides it
+    # Rows of x may be wider than the map, by zeros. The factors tell the compiler what divides the widths.
+    wide, width = wide_units * ALIGN, width_units * ALIGN_OUT
     channel = tl.program_id(0) // blocks
     patch = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     image, y, x0 = corner_of(
         patch, groups, groups_factor, groups_shift, tiles, tiles_factor, tiles_shift, ROWS, COLUMNS, DILATION
     )
-    plane = height.to(tl.int64) * width
-    corner = image * (channels * plane) + channel * plane + (y * width + x0)
+    plane = height.to(tl.int64) * wide
+    corner = image * (channels * plane) + channel * plane + (y * wide + x0)
 
     k = tl.arange(0, STEP_X * STEP_Y)
     dy, dx = k // STEP_X, k % STEP_X
     pixel = tl.arange(0, PIXELS)
     py, px = pixel // COLUMNS, pixel % COLUMNS
-    window = x + (corner - REACH * width - (REACH + SHIFT))[:, None] + (dy * DILATION * width + dx)[None, :]
+    window = x + (corner - REACH * wide - (REACH + SHIFT))[:, None] + (dy * DILATION * wide + dx)[None, :]
     row = tl.where(image < batch, y - REACH, FAR)[:, None] + (dy * DILATION)[None, :]
     column = (x0 - (REACH + SHIFT))[:, None] + dx[None, :]
     matrix = table + channel.to(tl.int64) * ((KERNEL + 2 * PAD) * DEPTH * COLUMNS)
@@ -116,9 +118,9 @@ def _convolve(  # type: ignore[no-untyped-def]
     total = tl.full((BLOCK, PIXELS), 0.0, tl.float32)
     for step in tl.range(STEPS, num_stages=1):
         down, right = step // ACROSS * STEP_Y, step % ACROSS * STEP_X
-        inside = tl.where((column + right >= 0) & (column + right < width), row + down * DILATION, FAR)
+        inside = tl.where((column + right >= 0) & (column + right < wide), row + down * DILATION, FAR)
         inside = inside.to(tl.uint32) < height.to(tl.uint32)
-        left = tl.load(window + (down * DILATION * width + right), mask=inside, other=0.0)
+        left = tl.load(window + (down * DILATION * wide + right), mask=inside, other=0.0)
         weights = tl.load(matrix + (down * DEPTH + right) * COLUMNS)
         total = tl.dot(left, weights, total, input_precision=PRECISION)
     if bias is not None:
@@ -126,6 +128,8 @@ def _convolve(  # type: ignore[no-untyped-def]
 
     inside = (image < batch)[:, None] & ((y[:, None] + (py * DILATION)[None, :]) < height)
     inside = inside & ((x0[:, None] + px[None, :]) < width)
+    plane = height.to(tl.int64) * width
+    corner = image * (channels * plane) + channel * plane + (y * width + x0)
     pixels = corner[:, None] + (py * DILATION * width + px)[None, :]
     tl.store(out + pixels, total.to(out.dtype.element_ty), mask=inside)
     if sums is not None:
@@ -164,8 +168,8 @@ def forward(
     """Depthwise convolution of stride 1 that keeps the size of the map, summed in float32.
 
     The weight is rounded to the dtype of ``x``. In float32 the factors are rounded to TF32 where torch allows that for
-    convolutions (``torch.backends.cudnn.allow_tf32``), otherwise each is split in parts, which keeps the accuracy of
-    float32 at a third of the speed.
+    convolutions (``torch.backends.cudnn.allow_tf32``), otherwise each is split in two and three products are added,
+    which keeps nearly the accuracy of float32.
 
     Args:
         x: (N, C, H, W), not empty, in a dtype that ``supports`` allows.
@@ -205,18 +209,18 @@ def convolve(
     groups = dilation * -(-h // (config.rows * dilation))
     tiles = -(-w // config.columns)
     blocks = triton.cdiv(n * groups * tiles, config.block)
-    align = vector_of(w)
 
     table = toeplitz.expand(weight, dilation, flipped, x.dtype, config.columns, shift, pad)
-    planes = layouts.to_planes(x)
-    out = torch.empty_like(planes)
+    planes = layouts.widen(layouts.to_planes(x))
+    wide, align, align_out = planes.shape[3], layouts.vector_of(planes.shape[3]), layouts.vector_of(w)
+    out = torch.empty((n, c, h, w), dtype=x.dtype, device=x.device)
     sums = x.new_empty((n, c, groups * tiles), dtype=torch.float32) if pooled else None
     with torch.cuda.device_of(x):
         _convolve[(c * blocks,)](
             *(planes, table, None if bias is None else bias.contiguous(), out, sums),
-            *(n, c, h, w // align, blocks, groups, *reciprocal(groups), tiles, *reciprocal(tiles)),
+            *(n, c, h, wide // align, w // align_out, blocks, groups, *reciprocal(groups), tiles, *reciprocal(tiles)),
             *(kernel, dilation, depth, shift, pad, config.rows, config.columns, config.block),
-            *(step_x, step_y, align, precision(x)),
+            *(step_x, step_y, align, align_out, precision(x)),
             num_warps=config.warps,
         )
     out = layouts.like(out, x, layout)
@@ -231,12 +235,7 @@ def reciprocal(divisor: int) -> tuple[int, int]:
 
 def shift_of(kernel: int, dilation: int) -> int:
     """Columns by which windows start early, so that they start at multiples of the widest read."""
-    return -(kernel // 2) * dilation % _VECTOR
-
-
-def vector_of(width: int) -> int:
-    """The widest read that maps of this width allow at the start of each of their rows, in pixels."""
-    return next(pixels for pixels in (_VECTOR, 4, 2, 1) if width % pixels == 0)
+    return -(kernel // 2) * dilation % layouts.VECTOR
 
 
 def precision(x: Tensor) -> str:

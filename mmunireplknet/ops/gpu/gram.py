@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import layouts, toeplitz, tuning
-from .convolution import PLACES, corner_of, precision, reciprocal, shift_of, vector_of
+from .convolution import PLACES, corner_of, precision, reciprocal, shift_of
 from .tuning import Config
 
 __all__ = ['weight_grad']
@@ -145,6 +145,8 @@ def weight_grad(x: Tensor, grad: Tensor, kernel: int, dilation: int) -> Tensor:
 
 def multiply(x: Tensor, grad: Tensor, kernel: int, dilation: int, config: Config) -> Tensor:
     """``weight_grad`` with a given division of the work."""
+    # Columns of zeros that make reads wide change nothing.
+    x, grad = (layouts.widen(layouts.to_planes(t)) for t in (x, grad))
     n, c, h, w = x.shape
     shift = shift_of(kernel, dilation)
     depth = toeplitz.depth_of(kernel, dilation, config.columns, shift)
@@ -156,13 +158,13 @@ def multiply(x: Tensor, grad: Tensor, kernel: int, dilation: int, config: Config
     tiles = -(-w // config.columns)
     steps = triton.cdiv(n * groups * tiles, config.block)
     splits = tuning.splits(c * chunks, steps)
-    align = vector_of(w)
+    align = layouts.vector_of(w)
 
     parts = x.new_empty((splits, c, chunks, taps_y, taps_x), dtype=torch.float32)
     out = x.new_empty((c, 1, kernel, kernel), dtype=torch.float32)
     with torch.cuda.device_of(x):
         _gram[(splits * c * chunks,)](
-            *(layouts.to_planes(x), layouts.to_planes(grad), parts),
+            *(x, grad, parts),
             *(n, c, h, w // align, steps, splits, groups, *reciprocal(groups), tiles, *reciprocal(tiles)),
             *(kernel, dilation, depth, shift, chunks, config.rows, config.columns, config.block),
             *(window_x, window_y, taps_x, taps_y, align, precision(x)),

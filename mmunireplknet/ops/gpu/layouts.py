@@ -1,4 +1,4 @@
-"""From channels_last to planes and back: the kernels for convolutions work on planes."""
+"""From channels_last to planes and back, and rows that can be read quickly: what the convolutions work on."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ['like', 'to_planes']
+__all__ = ['like', 'to_planes', 'vector_of', 'widen']
 
 _BLOCK = 64
+VECTOR = 8  # pixels of 2 bytes in the widest read
 
 
 @triton.jit(do_not_specialize=['rows_units', 'columns_units'])
@@ -42,6 +43,39 @@ def transpose(source: Tensor, target: Tensor) -> None:
     programs = n * triton.cdiv(rows, _BLOCK) * triton.cdiv(columns, _BLOCK)
     with torch.cuda.device_of(source):
         _transpose[(programs,)](source, target, rows // aligned[0], columns // aligned[1], *aligned, _BLOCK)
+
+
+@triton.jit(do_not_specialize=['rows', 'width', 'wide_units'])
+def _widen(  # type: ignore[no-untyped-def]
+    source, target, rows, width, wide_units, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    wide = wide_units * ALIGN
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    for start in range(0, wide, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = (row < rows)[:, None]
+        value = tl.load(source + row[:, None] * width + column[None, :], mask=inside & (column < width), other=0.0)
+        tl.store(target + row[:, None] * wide + column[None, :], value, mask=inside & (column < wide))
+
+
+def vector_of(width: int) -> int:
+    """The widest read that maps of this width allow at the start of each of their rows, in pixels."""
+    return next(pixels for pixels in (VECTOR, 4, 2, 1) if width % pixels == 0)
+
+
+def widen(planes: Tensor) -> Tensor:
+    """NCHW ``planes``, with columns of zeros at the right where rows cannot be read 4 pixels at a time without.
+
+    A copy costs less than the many small reads of every window.
+    """
+    n, c, h, w = planes.shape
+    if vector_of(w) >= 4:
+        return planes
+    out = planes.new_empty((n, c, h, -(-w // VECTOR) * VECTOR))
+    rows, wide = n * c * h, out.shape[3]
+    with torch.cuda.device_of(planes):
+        _widen[(triton.cdiv(rows, 16),)](planes, out, rows, w, wide // VECTOR, VECTOR, 16, 64)
+    return out
 
 
 def to_planes(x: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
-
-triton = pytest.importorskip('triton')
+import triton
 
 NAME = 'mmunireplknet.ops._interpreted_gpu'
 MODULES = ('toeplitz', 'layouts', 'tuning', 'convolution', 'gram', 'branches', 'statistics', 'block')
@@ -23,16 +23,14 @@ MODULES = ('toeplitz', 'layouts', 'tuning', 'convolution', 'gram', 'branches', '
 
 @contextlib.contextmanager
 def interpreted_package() -> Iterator[SimpleNamespace]:
-    """The modules of ``mmunireplknet.ops.gpu``, interpreted."""
-    with pytest.MonkeyPatch.context() as patch:
-        _interpret_standard_library(patch)
-        with triton.knobs.runtime.scope():
-            triton.knobs.runtime.interpret = True
-            _load_package()
-            modules = {name: importlib.import_module(f'{NAME}.{name}') for name in MODULES}
-        yield SimpleNamespace(**modules)
-        for name in [name for name in sys.modules if name.startswith(NAME)]:
-            del sys.modules[name]
+    """The modules of ``mmunireplknet.ops.gpu``, interpreted; to be run within ``interpreting``."""
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
+        _load_package()
+        modules = {name: importlib.import_module(f'{NAME}.{name}') for name in MODULES}
+    yield SimpleNamespace(**modules)
+    for name in [name for name in sys.modules if name.startswith(NAME)]:
+        del sys.modules[name]
 
 
 def _load_package() -> ModuleType:
@@ -45,16 +43,28 @@ def _load_package() -> ModuleType:
     return package
 
 
-def _interpret_standard_library(patch: pytest.MonkeyPatch) -> None:
-    """Functions like ``tl.sum`` are kernels themselves, defined when triton was imported."""
+@contextlib.contextmanager
+def interpreting() -> Iterator[None]:
+    """Meanwhile functions like ``tl.sum``, which are kernels themselves, are interpreted, and cannot be compiled."""
     import triton.experimental.gluon  # imported at the first launch otherwise, and wants the functions compiled
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.interpreter import InterpretedFunction, _patch_lang
     from triton.runtime.jit import JITFunction
 
+    def call(self: InterpretedFunction, *args: Any, **options: Any) -> Any:
+        """What triton 3.7 does when a kernel calls another, but taking back the changes that it makes to tl."""
+        changes = _patch_lang(self.fn)
+        try:
+            return self.rewrite()(*args, **options)
+        finally:
+            changes.restore()
+
     language, standard = triton.language, triton.language.standard
-    for name, function in list(vars(standard).items()):
-        if isinstance(function, JITFunction):
-            mine = InterpretedFunction(function.fn)
-            patch.setattr(standard, name, mine)
-            if getattr(language, name, None) is function:
-                patch.setattr(language, name, mine)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpretedFunction, '__call__', call)
+        for name, function in list(vars(standard).items()):
+            if isinstance(function, JITFunction):
+                mine = InterpretedFunction(function.fn)
+                patch.setattr(standard, name, mine)
+                if getattr(language, name, None) is function:
+                    patch.setattr(language, name, mine)
+        yield

@@ -172,3 +172,18 @@ def test_precision_obeys_torch(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyP
     for allowed, expected in ((True, 'tf32'), (False, 'tf32x3')):
         monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', allowed)
         assert gpu.convolution.precision(torch.empty(1)) == expected
+
+
+def test_interpreting_leaves_no_trace(interpreted_modules: SimpleNamespace) -> None:
+    import triton.language as tl
+
+    from .interpreted import interpreting
+
+    x, weight, _ = maps(torch.float16, 3, (1, 1, 4, 8))
+    places = (tl, tl.core, tl.math, tl.standard, tl.tensor)
+    before = [dict(vars(place)) for place in places]
+    with interpreting():
+        interpreted_modules.convolution.forward(x, weight, None, 1, pooled=True)
+        assert vars(tl)['sum'] is not before[0]['sum']
+    for place, names in zip(places, before, strict=True):
+        assert [name for name, value in names.items() if vars(place)[name] is not value] == []
