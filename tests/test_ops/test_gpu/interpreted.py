@@ -18,7 +18,7 @@ import pytest
 import triton
 
 NAME = 'mmunireplknet.ops._interpreted_gpu'
-MODULES = ('toeplitz', 'layouts', 'tuning', 'convolution', 'gram')
+MODULES = ('toeplitz', 'layouts', 'tuning', 'convolution', 'gram', 'branches', 'statistics', 'block')
 
 
 @contextlib.contextmanager
