@@ -167,6 +167,18 @@ def test_self_check_passes() -> None:
     assert set(backend.calls) == {'forward', 'input_grad', 'weight_grad', 'block_forward', 'block_backward', 'pooled'}
 
 
+def test_self_check_bears_weights_that_are_rounded_to_the_dtype_of_the_map() -> None:
+    backend = PoolingBackend()
+    forward, block = backend.forward, backend.block_forward
+
+    def rounded(x: Tensor, weight: Tensor, *args: Any, **options: Any) -> Any:
+        return forward(x, weight.to(x.dtype).float(), *args, **options)
+
+    backend.forward = rounded  # type: ignore[method-assign]
+    backend.block_forward = lambda x, w, *args: block(x, w.to(x.dtype).float(), *args)  # type: ignore[method-assign]
+    assert self_check('fake', backend, CPU) == ''
+
+
 @pytest.mark.parametrize('spoil', [lambda t: t * 1.01, lambda t: t.flip(0), lambda t: t * torch.nan])
 @pytest.mark.parametrize(
     ('which', 'said'),
