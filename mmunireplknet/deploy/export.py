@@ -24,9 +24,11 @@ from ..models.layouts import STEM, from_published
 from . import folder as folders
 from .exportable import Exportable, ExportError, make_exportable
 from .formats import FORMATS, Options, check_packages, open_exported, write
+from .int8 import replace_by_int8
 from .onnx_file import OPSET
 from .parity import TOLERANCES, first_difference, first_difference_of_forms
 from .preprocessing import read_preprocessing, real_images, to_input
+from .quantize import Calibration, check_int8
 from .report import make_report, parity_shapes, to_markdown, worst
 
 __all__ = ['ParityError', 'build_model', 'export']
@@ -51,6 +53,9 @@ def export(
     tolerance: float | None = None,
     threads: int | None = None,
     seconds: float = 2.0,
+    int8: str | Path | None = None,
+    calibration_images: int = 32,
+    metric: bool = True,
 ) -> dict[str, Any]:
     """Export a model, reparameterized, and leave a folder with it, or nothing at all.
 
@@ -69,6 +74,9 @@ def export(
         tolerance: Largest relative difference of any output; by default 1e-4, with ``half`` 1e-2.
         threads: Threads of the latencies; by default as many as torch has now.
         seconds: About how long to time each of the sizes; 0 leaves that out.
+        int8: Folder with calibration images: quantize what has been exported and compared.
+        calibration_images: How many of them to take.
+        metric: Test the float and the int8 model on the config's test data, if it is there.
 
     Returns:
         The report (report.json).
@@ -82,6 +90,7 @@ def export(
     out_dir = Path(out_dir)
     folders.check_folder(out_dir, overwrite)
     _check_options(format, shape, exporter)
+    calibration = None if int8 is None else check_int8(format, half, int8, calibration_images)
     model, form = build_model(cfg, checkpoint)
     training = None
     if form == 'training':
@@ -114,9 +123,15 @@ def export(
         )
         if not report['passed']:
             raise ParityError(_blame(report, file, deploy, training, inputs))
+        _add_papers(new, meta, report)
+        if calibration is not None:
+            report['int8'] = replace_by_int8(cfg, new, meta, deploy, calibration, inputs, count, seconds, metric)
+            if not report['int8']['passed']:
+                raise ParityError(_blame_int8(report, calibration))
+            meta['int8'] = dict(calibration_images=len(calibration.files))
+            _add_papers(new, meta, report)
         if format == 'openvino':
             (new / FORMATS['onnx'].file).unlink()  # what it was converted from
-        _add_papers(new, meta, report)
     print_log(f'{out_dir}: {file.name}, largest relative difference {worst(report):.1e}', logger='current')
     return report
 
@@ -236,6 +251,16 @@ def _blame(
     return (
         f'the {what} differs by {worst(report):.1e}, more than {limit:g}: {layer}. Nothing was written. Another '
         'tolerance can be given (--tolerance) if that is good enough.'
+    )
+
+
+def _blame_int8(report: dict[str, Any], calibration: Calibration) -> str:
+    outputs = {name: d for case in report['int8']['cases'] for name, d in case['differences'].items()}
+    most = max(float(d['relative']) for case in report['int8']['cases'] for d in case['differences'].values())
+    return (
+        f'the int8 model differs from the float one by {most:.1e} ({", ".join(outputs)}), more than '
+        f'{report["int8"]["tolerance"]:g}, which is no rounding. Nothing was written. Are the {len(calibration.files)} '
+        f'images of {calibration.folder} like those of the task? More can be taken (--calibration-images).'
     )
 
 

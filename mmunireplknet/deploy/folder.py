@@ -114,6 +114,12 @@ or, on a tensor that is preprocessed already:
 }
 
 
+INT8 = """
+
+It was then quantized: convolutions and linear layers compute in int8, in ranges from {calibration_images} calibration
+images; GRN, LayerNorm and SE stay in float. report.md says what that costs. `deploy.pth` holds the float weights."""
+
+
 def readme(meta: Mapping[str, Any], worst: float) -> str:
     """README.md of the folder.
 
@@ -129,10 +135,11 @@ def readme(meta: Mapping[str, Any], worst: float) -> str:
     example = HOW_TO_RUN[meta['file']]
     if meta['input']['shape'][2] is not None:
         example = example.replace('1, 3, 256, 256', ', '.join(map(str, meta['input']['shape'])))
+    int8 = INT8.format(**meta['int8']) if 'int8' in meta else ''
     return f"""# {Path(meta['config']).stem}: {meta['task']}
 
 Exported by {meta['package']} from `{meta['config']}`, reparameterized. Largest relative difference from the model it
-was made of: {worst:.1e} (report.md).
+was made of: {worst:.1e} (report.md).{int8}
 
 - `{meta['file']}`: the model. Input `input` ({shape}), float32, {meta['input']['channels']}, normalized.
 - `meta.json`: classes, palette, and how an image becomes the input (sizes are height, width; `scale` is width, height;
