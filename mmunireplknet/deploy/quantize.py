@@ -166,8 +166,13 @@ def _quantize_onnx(file: Path, names: Sequence[str], images: Calibration, meta: 
     onnxruntime has no integer convolution with a float output.
     """
     import onnx
-    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType
-    from onnxruntime.quantization import quantize_static
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        CalibrationMethod,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
 
     name = meta['input']['name']
     files = iter(track(images.files, description='Calibrating'))

@@ -26,8 +26,8 @@ __all__ = ['make_report', 'parity_shapes', 'plain', 'to_markdown', 'worst']
 LARGEST = 640  # pixels of a side: larger maps show nothing new
 WITHOUT_TRAINING = 'The checkpoint is in deploy form, so there is no training form to compare with.'
 DETECTIONS = (
-    'Lists of detections are not compared one by one: a score that is rounded past a threshold adds or removes some, and '
-    'what counts is the metric.'
+    'Lists of detections are not compared one by one: a score that is rounded past a threshold adds or removes some. '
+    'What counts is the metric.'
 )
 ROUNDING = (
     'Rounding to 8 bits is no error, so that the metric decides; a difference above the tolerance is none of rounding.'
