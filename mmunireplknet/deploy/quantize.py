@@ -36,6 +36,9 @@ FLOAT_MODULES = (SEBlock, GRN, nn.LayerNorm, MatrixPool2d)
 OPERATORS = ('Conv', 'MatMul', 'Gemm')
 """What onnxruntime has an integer kernel for. ConvTranspose is missing: it would be computed in float all the same."""
 
+OPENVINO_OPERATORS = ('Convolution', 'GroupConvolution', 'MatMul')
+"""The same under OpenVINO's names."""
+
 
 class Calibration:
     """Images of a folder as inputs of a model: each (N, 3, H, W) in float32, prepared as meta.json says.
@@ -64,13 +67,14 @@ class Calibration:
         Raises:
             ExportError: It cannot be read, or there is no rule for the size that the model wants.
         """
+        image = mmcv.imread(file)
+        if image is None:
+            raise ExportError(f'int8: {file} cannot be read as an image: remove it.')
         try:
-            image, _ = preprocess(mmcv.imread(file, channel_order='rgb'), dict(meta))
+            prepared, _ = preprocess(image[..., ::-1], dict(meta))
         except KeyError as error:
             raise ExportError(f'int8: {file} cannot be prepared, since there is no rule for {error}.') from error
-        except Exception as error:  # what a reader of images raises depends on the image
-            raise ExportError(f'int8: {file} cannot be read as an image ({error}): remove it.') from error
-        return np.repeat(image, meta['input']['shape'][0] or 1, 0)
+        return np.repeat(prepared, meta['input']['shape'][0] or 1, 0)
 
 
 def check_int8(format: str, half: bool, folder: str | Path, count: int) -> Calibration:
@@ -222,8 +226,9 @@ def _quantize_openvino(file: Path, names: Sequence[str], images: Calibration, me
     import openvino
 
     model = openvino.Core().read_model(file)
-    operations = {operation.get_friendly_name(): operation for operation in model.get_ordered_ops()}
-    chosen = {name for name in operations if name.removesuffix('/WithoutBiases') in names}  # of a node with a bias
+    everything = {operation.get_friendly_name(): operation.get_type_name() for operation in model.get_ordered_ops()}
+    products = [name for name, kind in everything.items() if kind in OPENVINO_OPERATORS]
+    chosen = {name for name in products if name.removesuffix('/WithoutBiases') in names}  # of a node with a bias
     if len(chosen) != len(names):
         raise ExportError(f'int8: {len(names)} layers were to be quantized, OpenVINO knows {len(chosen)} of them.')
     quantized = nncf.quantize(
@@ -231,7 +236,7 @@ def _quantize_openvino(file: Path, names: Sequence[str], images: Calibration, me
         nncf.Dataset(images.files, lambda path: images.load(path, meta)),
         preset=nncf.QuantizationPreset.MIXED,  # signed for weights, unsigned for activations
         subset_size=len(images.files),
-        ignored_scope=nncf.IgnoredScope(names=sorted(operations.keys() - chosen), validate=False),
+        ignored_scope=nncf.IgnoredScope(names=sorted(everything.keys() - chosen), validate=False),
     )
     result = file.with_name('int8.xml')
     openvino.save_model(quantized, result, compress_to_fp16=False)
