@@ -128,7 +128,7 @@ def export(
             report['int8'] = replace_by_int8(cfg, new, meta, deploy, calibration, inputs, count, seconds, metric)
             if not report['int8']['passed']:
                 raise ParityError(_blame_int8(report, calibration))
-            meta['int8'] = dict(calibration_images=len(calibration.files))
+            meta['int8'] = dict(calibration_images=report['int8']['images'])
             _add_papers(new, meta, report)
         if format == 'openvino':
             (new / FORMATS['onnx'].file).unlink()  # what it was converted from

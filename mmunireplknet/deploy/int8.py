@@ -25,9 +25,10 @@ from .report import plain
 
 __all__ = ['TOLERANCE', 'replace_by_int8']
 
-TOLERANCE = 0.5
-"""Largest relative difference of an output. Rounding every layer's input to 8 bits left 0.02 to 0.1 in trained models,
-so that half of the norm is no rounding, but a range that the calibration has not seen."""
+TOLERANCE = 0.25
+"""Largest relative difference of an output. Measured are 0.014 to 0.054 with fitting calibration images (UperNet-A
+trained on Digit Scenes, small randomised models), and 0.55 to 1.3 with black ones: above this it is no rounding, but
+values that the calibration has not seen are cut off."""
 
 
 def replace_by_int8(
@@ -48,7 +49,7 @@ def replace_by_int8(
         folder: Folder of the export, with its meta.json.
         meta: What is in meta.json.
         exportable: What the float model was made of.
-        images: Calibration images.
+        images: Calibration images; of a detector's, those in which it finds something are kept.
         inputs: What to compare on, each (N, 3, H, W).
         threads: Threads to compute with.
         seconds: About how long to time each of the inputs; 0 leaves that out.
@@ -66,11 +67,13 @@ def replace_by_int8(
     sizes, metrics = {'float': _bytes(file)}, {}
     if not reason:
         metrics['float'], reason = _test(cfg, folder, threads)
+    detects = exportable.task in ('detection', 'instance-segmentation')
+    if detects:
+        images.keep_detections(runs['float'], meta)
     layers = quantize(format, file, exportable, images, meta)
     runs['int8'], sizes['int8'] = open_exported(file, threads=threads), _bytes(file)
     if not reason:
         metrics['int8'], reason = _test(cfg, folder, threads)
-    detects = exportable.task in ('detection', 'instance-segmentation')
     cases = [_case(exportable, runs, image, not detects, seconds) for image in inputs]
     found = [d['relative'] for case in cases for d in case['differences'].values()]
     return dict(

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import mmcv
 import numpy as np
+from mmengine.logging import print_log
 from rich.progress import track
 from torch import nn
 
 from ..engine.inference import find_images
 from ..models.layers import GRN, SEBlock
 from .exportable import Exportable, ExportError
+from .formats import Run
 from .onnx_file import check_onnx, module_of
 from .pooling import MatrixPool2d
 from .run import preprocess
@@ -75,6 +77,25 @@ class Calibration:
         except KeyError as error:
             raise ExportError(f'int8: {file} cannot be prepared, since there is no rule for {error}.') from error
         return np.repeat(prepared, meta['input']['shape'][0] or 1, 0)
+
+    def keep_detections(self, run: Run, meta: Mapping[str, Any]) -> None:
+        """Leave out images in which a detector finds nothing: what follows the boxes has no value, and so no range.
+
+        Args:
+            run: The float model.
+            meta: What is in meta.json.
+
+        Raises:
+            ExportError: No image is left.
+        """
+        files = [path for path in self.files if all(out.size for out in run(self.load(path, meta)))]
+        if not files:
+            raise ExportError(f'int8: nothing is found in any of the {len(self.files)} images of {self.folder}.')
+        if len(files) < len(self.files):
+            print_log(
+                f'int8: nothing is found in {len(self.files) - len(files)} of {len(self.files)} images', 'current'
+            )
+        self.files = files
 
 
 def check_int8(format: str, half: bool, folder: str | Path, count: int) -> Calibration:
@@ -221,7 +242,7 @@ def _relus(graph: onnx.ModelProto, names: Sequence[str]) -> list[str]:
 
 
 def _quantize_openvino(file: Path, names: Sequence[str], images: Calibration, meta: Mapping[str, Any]) -> None:
-    """The same layers by NNCF, whose bias correction is on."""
+    """The same layers by NNCF: signed weights with a scale for each output channel, unsigned activations."""
     import nncf
     import openvino
 
@@ -234,9 +255,15 @@ def _quantize_openvino(file: Path, names: Sequence[str], images: Calibration, me
     quantized = nncf.quantize(
         model,
         nncf.Dataset(images.files, lambda path: images.load(path, meta)),
-        preset=nncf.QuantizationPreset.MIXED,  # signed for weights, unsigned for activations
+        preset=nncf.QuantizationPreset.MIXED,
         subset_size=len(images.files),
-        ignored_scope=nncf.IgnoredScope(names=sorted(everything.keys() - chosen), validate=False),
+        # It gains nothing: mIoU 76.1 in float, 76.5 with and 76.6 without it (UperNet-A on Digit Scenes).
+        advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True),
+        ignored_scope=nncf.IgnoredScope(
+            names=[name for name in products if name not in chosen],
+            types=sorted(set(everything.values()) - set(OPENVINO_OPERATORS)),
+            validate=False,
+        ),
     )
     result = file.with_name('int8.xml')
     openvino.save_model(quantized, result, compress_to_fp16=False)

@@ -30,7 +30,8 @@ DETECTIONS = (
     'What counts is the metric.'
 )
 ROUNDING = (
-    'Rounding to 8 bits is no error, so that the metric decides; a difference above the tolerance is none of rounding.'
+    'What rounding to 8 bits costs is for the metric to say. A difference above the tolerance is none of rounding: '
+    'values are cut off that the calibration images do not have.'
 )
 PACKAGES = ('torch', 'onnx', 'onnxruntime', 'openvino', 'nncf')
 

@@ -8,12 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip('mmseg')
-onnx = pytest.importorskip('onnx')
-pytest.importorskip('onnxruntime')
-
 from mmunireplknet.deploy import export as module
-from mmunireplknet.deploy import int8, quantize
+from mmunireplknet.deploy import quantize
 from mmunireplknet.deploy.evaluate import evaluate_exported
 from mmunireplknet.deploy.export import ParityError, export
 from mmunireplknet.deploy.exportable import ExportError, make_exportable
@@ -26,6 +22,9 @@ from ..test_models.tiny import tiny
 from .cases import FAST, NAMES, PALETTE, checkpoint, classifier_config, segmentor_config
 from .tiny_onnx import facts
 
+pytest.importorskip('mmseg')
+pytest.importorskip('onnxruntime')
+onnx = pytest.importorskip('onnx')
 SIZES = [(64, 96), (64, 64), (80, 64)]
 
 
@@ -72,7 +71,7 @@ def test_refused_before_anything_is_built(photos, tmp_path, monkeypatch):
     for options, message in [
         (dict(format='pt2', int8=photos), 'onnx and openvino, not for pt2'),
         (dict(half=True, int8=photos), 'int8 and half exclude each other'),
-        (dict(int8=tmp_path / 'none'), 'none\' is no folder'),
+        (dict(int8=tmp_path / 'none'), "none' is no folder"),
         (dict(int8=photos / '0.png'), 'is no folder'),
         (dict(int8=tmp_path / 'empty'), 'empty: no such file, no image'),
         (dict(int8=photos, calibration_images=0), 'calibration_images=0: expected 1 or more'),
@@ -84,6 +83,20 @@ def test_refused_before_anything_is_built(photos, tmp_path, monkeypatch):
         with pytest.raises(ExportError, match=f'needs {package}, not installed here'):
             check_int8(format, False, photos, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['empty']
+
+
+def test_images_without_detections_are_left_out(photos, tmp_path):
+    """What follows the boxes, as a mask head, computes nothing there, which NNCF takes for an endless range."""
+
+    def run(pixels):
+        count = {(64, 96): 1, (64, 64): 0, (80, 64): 2}[pixels.shape[2:]]
+        return [np.zeros((1, count, 5)), np.zeros((1, count))]
+
+    calibration = Calibration(photos, 3)
+    calibration.keep_detections(run, facts('detection', ['dets', 'labels']))
+    assert [path.name for path in calibration.files] == ['0.png', '2.png']
+    with pytest.raises(ExportError, match='nothing is found in any of the 2 images'):
+        calibration.keep_detections(lambda _: [np.zeros((1, 0, 5))], facts('detection', ['dets']))
 
 
 # ------------------------------------------------------------------------------------------ which layers
@@ -188,9 +201,11 @@ def test_openvino_has_the_same_layers(photos, tmp_path):
     exportable = make_exportable(tiny(), None)
     write_onnx(exportable, image((1, 3, 64, 64)), file, exporter='torchscript')
     openvino.save_model(openvino.convert_model(file), tmp_path / 'model.xml', compress_to_fp16=False)
+    size = (tmp_path / 'model.bin').stat().st_size
     meta = facts('features', exportable.output_names)
     layers = quantize.quantize('openvino', tmp_path / 'model.xml', exportable, Calibration(photos, 3), meta)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['model.bin', 'model.onnx', 'model.xml']
+    assert (tmp_path / 'model.bin').stat().st_size < size / 2
     expected = {made.name for made in layers_to_quantize(onnx.load(file), exportable)}
     model = openvino.Core().read_model(tmp_path / 'model.xml')
     weighted = ('Convolution', 'GroupConvolution', 'MatMul')
@@ -241,18 +256,19 @@ def test_export_of_a_segmentor(photos, tmp_path, format):
     cfg = data_of(photos, tmp_path)
     weights = checkpoint(cfg, tmp_path / 'train.pth')
     before = cfg.pretty_text
-    report = export(cfg, weights, tmp_path / 'out', format, int8=photos, calibration_images=2, exporter='torchscript',
-                    seconds=0.01)  # fmt: skip
+    options = dict(FAST, seconds=0.01, int8=photos, calibration_images=2)
+    report = export(cfg, weights, tmp_path / 'out', format, **options)
     assert cfg.pretty_text == before
     found = report['int8']
     assert report == json.loads((tmp_path / 'out' / 'report.json').read_text())
     assert found['images'] == 2
-    assert found['bytes']['int8'] < found['bytes']['float']
     names = {path.name: path.stat().st_size for path in (tmp_path / 'out').iterdir()}
+    if format == 'onnx':  # of so small a model OpenVINO's file holds little but names
+        assert found['bytes']['int8'] < found['bytes']['float']
     sizes = names['model.onnx'] if format == 'onnx' else names['model.xml'] + names['model.bin']
     assert found['bytes']['int8'] == sizes
     assert not {'int8.onnx', 'int8.xml', 'int8.bin'} & names.keys()
-    assert all(1e-5 < case['differences']['logits']['relative'] < 0.3 for case in found['cases'])
+    assert all(1e-4 < case['differences']['logits']['relative'] < 0.2 for case in found['cases'])
     assert set(found['cases'][0]['latency_ms']) == {'float', 'int8'}
     assert evaluate_exported(copy.deepcopy(cfg), tmp_path / 'out') == found['metrics']['int8']
     assert found['metrics']['float'].keys() == found['metrics']['int8'].keys()
@@ -263,11 +279,10 @@ def test_export_of_a_segmentor(photos, tmp_path, format):
 
 
 @pytest.mark.slow
-def test_a_wrong_quantization_leaves_nothing(photos, tmp_path, monkeypatch):
+def test_a_wrong_quantization_leaves_nothing(tmp_path):
     """Ranges of images that are all black: what other images hold is cut off."""
     Image.new('RGB', (64, 64)).save(tmp_path / 'black.png')
     weights = checkpoint(classifier_config(), tmp_path / 'train.pth')
-    monkeypatch.setattr(int8, 'TOLERANCE', 0.05)
-    with pytest.raises(ParityError, match='int8 model differs .* more than 0.05, .*Are the 1 images of'):
+    with pytest.raises(ParityError, match=r'int8 model differs .* more than 0\.25, .*Are the 1 images of'):
         export(classifier_config(), weights, tmp_path / 'out', int8=tmp_path, metric=False, **FAST)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['black.png', 'train.pth']
