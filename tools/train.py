@@ -14,7 +14,7 @@ import sys
 
 from mmengine.config import DictAction
 
-from mmunireplknet.datasets.checks import missing_data_message, wrong_data_message
+from mmunireplknet.datasets.checks import missing_data_message, missing_truth_message, wrong_data_message
 from mmunireplknet.engine.launch import (
     STOPS,
     build_runner,
@@ -26,6 +26,8 @@ from mmunireplknet.engine.launch import (
     sentence_of,
 )
 
+PRECISIONS = ('auto', 'fp16', 'bf16')
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -36,7 +38,7 @@ def parse_args() -> argparse.Namespace:
         help='go on from CHECKPOINT, or from the latest of the work dir',
     )  # fmt: skip
     parser.add_argument(
-        '--amp', nargs='?', const='auto', choices=['auto', 'fp16', 'bf16'], metavar='fp16|bf16',
+        '--amp', nargs='?', const='auto', choices=PRECISIONS, metavar='fp16|bf16',
         help='mixed precision; without a value fp16 on a GPU and bf16 on the CPU',
     )  # fmt: skip
     parser.add_argument(
@@ -47,7 +49,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override config entries: key=value ...')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help='set by the launcher')
-    return parser.parse_args()
+    given = sys.argv[1:]
+    # argparse would take a config that follows a bare --amp for its value.
+    bare = [a == '--amp' and b not in PRECISIONS for a, b in zip(given, [*given[1:], ''], strict=True)]
+    return parser.parse_args([f'{a}=auto' if alone else a for a, alone in zip(given, bare, strict=True)])
 
 
 def main() -> None:
@@ -61,6 +66,9 @@ def main() -> None:
     for data in [cfg[name].dataset for name in ('train_dataloader', 'val_dataloader') if cfg.get(name)]:
         if message := wrong_data_message(data, notes) if is_first_process() else missing_data_message(data):
             sys.exit(message)
+    val = cfg.val_dataloader.dataset if cfg.get('val_dataloader') else None
+    if message := missing_truth_message(val, cfg.get('val_evaluator'), 'val_evaluator'):
+        sys.exit(message)
     check_work_dir(cfg)
     try:
         prepare_training(cfg, args.resume, args.amp, args.auto_scale_lr, args.seed, args.deterministic)

@@ -9,6 +9,7 @@ from typing import Any
 
 from . import ade20k, coco, imagenet
 from .annotations import Findings, check_annotations
+from .digit_painting import DIFFICULTIES
 
 # Data sets of mmpretrain that fetch themselves.
 _SELF_FETCHING = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
@@ -81,19 +82,41 @@ def wrong_test_message(
     Returns:
         One sentence, or None.
     """
-    metrics = [evaluator] if isinstance(evaluator, Mapping) else list(evaluator or [])
+    metrics = _metrics(evaluator)
     unlabelled = bool(metrics) and all(metric.get('format_only') for metric in metrics)
     if message := wrong_data_message(dataset, unlabelled=unlabelled):
         return message
-    for metric in metrics:
+    return missing_truth_message(dataset, evaluator, 'test_evaluator')
+
+
+def missing_truth_message(
+    dataset: Mapping[str, Any] | None,
+    evaluator: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
+    name: str,
+) -> str | None:
+    """Which annotation file that a metric compares with is not there; None if all are.
+
+    Args:
+        dataset: as for ``missing_data_message``; its own file is proposed instead.
+        evaluator: one metric or several, of a config.
+        name: what it is called there.
+
+    Returns:
+        One sentence, or None.
+    """
+    for metric in _metrics(evaluator):
         file = _annotation_file(metric)
         if file is not None and not os.path.exists(file):
             own = next(filter(None, map(_annotation_file, _innermost(dataset or {}))), 'FILE')
             return (
-                f'The data is not there: {file}, which {_kind(metric)} of test_evaluator compares with, does not '
-                f'exist; put it there, or name another with --cfg-options test_evaluator.ann_file={own}.'
+                f'The data is not there: {file}, which {_kind(metric)} of {name} compares with, does not '
+                f'exist; put it there, or name another with --cfg-options {name}.ann_file={own}.'
             )
     return None
+
+
+def _metrics(evaluator: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> list[Mapping[str, Any]]:
+    return [evaluator] if isinstance(evaluator, Mapping) else list(evaluator or [])
 
 
 def _innermost(dataset: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -181,7 +204,9 @@ def _remedy(root: str, kind: str, dataset: Mapping[str, Any]) -> str:
     if 'digit_scenes' in name:
         classes = (dataset.get('metainfo') or {}).get('classes') or ()
         digits = len([label for label in classes if label != 'background'])
-        option = {0: '', 5: '', 10: ' --difficulty hard'}.get(digits, f' --num-classes {digits}')
+        difficulty = next((name for name in DIFFICULTIES if root.rstrip('/').endswith(f'_{name}')), '')
+        option = f' --difficulty {difficulty}' if difficulty else ''
+        option += '' if digits in (0, 10) else f' --num-classes {digits}'
         return f'python tools/dataset_preparation/digit_scenes.py --out {root.rstrip("/")}{option} makes it'
     if 'adechallengedata2016' in name or kind == 'ADE20KDataset':
         place = root.rstrip('/')

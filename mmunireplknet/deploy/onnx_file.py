@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .exportable import Exportable, ExportError
+from .pointwise import with_convolutions
 
 if TYPE_CHECKING:
     import onnx
@@ -49,6 +50,7 @@ def write_onnx(
     """
     import onnx
 
+    exportable = with_convolutions(exportable)
     if (exporter or exportable.exporter) == 'dynamo':
         graph = _export_dynamo(exportable, image, dynamic, opset)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from ..models.block import UniRepLKNetBlock
 from ..models.checkpoint_file import read_checkpoint
 from .exportable import Exportable
 from .onnx_file import module_of
+from .pointwise import with_convolutions
 
 __all__ = ['TOLERANCES', 'Difference', 'compare', 'first_difference', 'first_difference_of_forms']
 
@@ -100,7 +100,7 @@ def first_difference(
         import onnx
 
         model = onnx.load(graph or file)
-        torch_values = _module_outputs(_without_bn(exportable), image)
+        torch_values = _module_outputs(_as_written(exportable), image)
         names = _values_of_modules(model, torch_values)
         run = _onnx_values if format == 'onnx' else _openvino_values
         values = run(model, file, [names[module] for module in torch_values if module in names], image.numpy())
@@ -123,9 +123,9 @@ def _short(name: str) -> str:
     return name.removeprefix('model.')
 
 
-def _without_bn(exportable: Exportable) -> Exportable:
-    """A copy with the heads' BN folded into the convolutions, as the exporters do."""
-    return fuse_conv_bn(copy.deepcopy(exportable))
+def _as_written(exportable: Exportable) -> Exportable:
+    """A copy as it stands in the ONNX file, and with the heads' BN folded into the convolutions by the exporters."""
+    return fuse_conv_bn(with_convolutions(exportable))
 
 
 def _module_outputs(exportable: nn.Module, image: Tensor) -> dict[str, Tensor]:

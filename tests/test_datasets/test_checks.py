@@ -78,7 +78,9 @@ def test_missing_digit_scenes(tmp_path, monkeypatch):
     assert 'data/digit_scenes/annotations/instances_train.json does not exist' in message
     assert 'python tools/dataset_preparation/digit_scenes.py --out data/digit_scenes makes it' in message
     ten = missing_data_message({**cfg, 'metainfo': {'classes': ['background', *'0123456789']}})
-    assert '--out data/digit_scenes --difficulty hard makes it' in ten
+    assert '--out data/digit_scenes makes it' in ten
+    hard = missing_data_message({**cfg, 'data_root': 'data/digit_scenes_hard', 'metainfo': {'classes': [*'01234']}})
+    assert '--out data/digit_scenes_hard --difficulty hard --num-classes 5 makes it' in hard
 
 
 @pytest.mark.parametrize(

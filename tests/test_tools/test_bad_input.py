@@ -100,6 +100,16 @@ def test_the_data_of_evaluations_is_read_before_the_model_is_built(root, tool):
     assert not work_dir.exists()
 
 
+def test_the_annotations_that_a_validation_compares_with_are_looked_for(root):
+    file = config(root.parent / 'config.py', root)
+    with file.open('a') as lines:
+        lines.write("\nval_dataloader, val_cfg = test_dataloader, dict(type='ValLoop')")
+        lines.write("\nval_evaluator = dict(test_evaluator, ann_file='lost.json')\n")
+    message = run_tool('train.py', file, '--work-dir', root.parent / 'run')
+    one_sentence(message, 'lost.json, which CocoMetric of val_evaluator compares with', 'val_evaluator.ann_file=')
+    assert not (root.parent / 'run').exists()
+
+
 def test_an_image_file_without_content(root):
     path = root / 'train2017/000000000001.jpg'
     path.write_bytes(b'')

@@ -231,8 +231,10 @@ def test_missing_data_is_one_sentence(tmp_path, monkeypatch):
 
 
 def test_options_that_the_config_cannot_serve_are_one_sentence(data, tmp_path):
-    message = run_tool('train.py', CONFIG, '--amp', *options(data, **{'optim_wrapper.type': 'ApexOptimWrapper'}))
-    assert message == '--amp replaces OptimWrapper, but the config has ApexOptimWrapper.'
+    wrong = options(data, **{'optim_wrapper.type': 'ApexOptimWrapper'})
+    for order in ([CONFIG, '--amp'], ['--amp', CONFIG], ['--amp', 'bf16', CONFIG]):
+        message = run_tool('train.py', *order, *wrong)
+        assert message == '--amp replaces OptimWrapper, but the config has ApexOptimWrapper.', order
     assert 'There is no checkpoint' in run_tool('test.py', CONFIG, tmp_path / 'nothing.pth', *options(data))
 
 
