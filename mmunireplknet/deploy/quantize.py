@@ -222,6 +222,7 @@ def _quantize_onnx(file: Path, names: Sequence[str], images: Calibration, meta: 
         extra_options=dict(MatMulConstBOnly=True, OpTypesToExcludeOutputQuantization=['MatMul', 'Gemm']),
     )
     graph = onnx.load(result)
+    _read_floats(graph, names)
     used = {node.domain for node in graph.graph.node}
     imports = [opset for opset in graph.opset_import if opset.domain in used]
     del graph.opset_import[:]
@@ -236,6 +237,25 @@ def _relus(graph: onnx.ModelProto, names: Sequence[str]) -> list[str]:
     """ReLUs behind a quantized convolution: an unsigned integer that begins at zero makes them superfluous."""
     outputs = {node.output[0] for node in graph.graph.node if node.name in names and node.op_type == 'Conv'}
     return [node.name for node in graph.graph.node if node.op_type == 'Relu' and node.input[0] in outputs]
+
+
+def _read_floats(graph: onnx.ModelProto, names: Sequence[str]) -> None:
+    """Let what stays in float read the values before rounding, where there are such, as the sum at a block's end.
+
+    onnxruntime's quantizer gives all readers of a value that one of them takes in int8 the rounded one, so that the
+    errors would add up from block to block.
+    """
+    producers = {out: node for node in graph.graph.node for out in node.output}
+    computed = {node.output[0] for node in graph.graph.node if node.name in names and node.op_type == 'Conv'}
+    before = {}
+    for node in graph.graph.node:
+        source = producers.get(node.input[0]) if node.op_type == 'DequantizeLinear' else None
+        if source is not None and source.input[0] not in computed:
+            before[node.output[0]] = source.input[0]
+    for node in graph.graph.node:
+        if node.name not in names:
+            for i, name in enumerate(node.input):
+                node.input[i] = before.get(name, name)
 
 
 # ------------------------------------------------------------------------------------------ OpenVINO
