@@ -187,8 +187,8 @@ def _quiet() -> Iterator[None]:
 def _quantize_onnx(file: Path, names: Sequence[str], images: Calibration, meta: Mapping[str, Any]) -> None:
     """Signed weights with a scale for each output channel, unsigned activations: what VNNI multiplies.
 
-    Outputs of linear layers stay in float, since GELU and the sum of a block follow; those of convolutions cannot:
-    onnxruntime has no integer convolution with a float output.
+    Outputs of convolutions are in int8, too, since onnxruntime has no integer convolution with a float output; those of
+    linear layers stay in float.
     """
     import onnx
     from onnxruntime.quantization import (
