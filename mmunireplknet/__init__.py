@@ -10,6 +10,7 @@ from . import compat
 compat.ensure_torchvision()
 compat.install_safe_loading()
 compat.let_fsdp_resume()
+compat.let_mmdeploy_export()
 
 from . import engine  # noqa: E402
 from .models import CheckpointError, UniRepLKNet, load_checkpoint, switch_to_deploy  # noqa: E402

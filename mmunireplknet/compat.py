@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
 from typing import Any
@@ -245,6 +246,74 @@ def let_fsdp_resume() -> None:
     FSDPStrategy.load_optim_state_dict = load_optim_state_dict
 
 
+@contextmanager
+def resize_of_open_sizes() -> Iterator[None]:
+    """Have mmseg's ``resize`` not look at sizes in Python inside, which fixes them in what torch.export writes.
+
+    With ``align_corners=True`` it does so for a warning, in mmseg 1.2.2 and onedl-mmsegmentation 1.4.2, and its callers
+    take its default, which asks for that.
+    """
+    wrappers = sys.modules.get('mmseg.models.utils.wrappers')
+    if wrappers is None:
+        yield
+        return
+    resize = wrappers.resize
+    defaults = resize.__defaults__  # a function that many modules have imported by name has one object in common
+    resize.__defaults__ = (*defaults[:-1], False)
+    try:
+        yield
+    finally:
+        resize.__defaults__ = defaults
+
+
+def let_mmdeploy_export() -> None:
+    """Have mmdeploy 1.3.1 export models of this package, where a deploy config's ``codebase_config.module`` names it.
+
+    Without mmdeploy in the process this does nothing. With it, three things are put right:
+
+    - ``torch.onnx.export`` traces no more unless it is told to (seen with torch 2.13), and knows nothing of mmdeploy's
+      rewriters then: it gets ``dynamo=False`` while mmdeploy exports, and only then.
+    - Its RoIAlign calls ``torch.onnx.symbolic_opset9._cast_Long``, which torch 2.13 no longer has.
+    - It reparameterizes a model that it has just built, in training mode, where folding is refused: it is put into
+      evaluation, in which it is exported anyway, a step earlier.
+    """
+    if 'mmdeploy' not in sys.modules:
+        return
+    from mmdeploy.codebase.base.task import BaseTask
+    from mmdeploy.core import FUNCTION_REWRITER
+
+    opset9: Any = import_module('torch.onnx.symbolic_opset9')
+    if hasattr(BaseTask.build_pytorch_model, '__wrapped__'):
+        return  # done already
+
+    def export_by_tracing(*args: Any, **kwargs: Any) -> Any:
+        return FUNCTION_REWRITER.get_context().origin_func(*args, **{'dynamo': False, **kwargs})
+
+    def cast_long(g: Any, value: Any, non_blocking: bool) -> Any:
+        return g.op('Cast', value, to_i=torch.onnx.TensorProtoDataType.INT64)
+
+    FUNCTION_REWRITER.register_rewriter('torch.onnx.export')(export_by_tracing)
+    if not hasattr(opset9, '_cast_Long'):
+        opset9._cast_Long = cast_long
+    BaseTask.build_pytorch_model = _folding_in_evaluation(BaseTask.build_pytorch_model)
+
+
+def _folding_in_evaluation(build: Callable) -> Callable:
+    """mmdeploy's ``build_pytorch_model`` with ``eval()`` before ``switch_to_deploy()``, at the step between."""
+    import mmengine.model
+
+    @wraps(build)
+    def build_in_evaluation(*args: Any, **kwargs: Any) -> Any:
+        revert = mmengine.model.revert_sync_batchnorm
+        mmengine.model.revert_sync_batchnorm = lambda model: revert(model).train(False)
+        try:
+            return build(*args, **kwargs)
+        finally:
+            mmengine.model.revert_sync_batchnorm = revert
+
+    return build_in_evaluation
+
+
 def needs_standard_operators() -> bool:
     """Whether only operators of torch itself will do: in tracing, export, and under torch.func and forward-mode AD.
 
@@ -260,3 +329,12 @@ def needs_standard_operators() -> bool:
 @torch.compiler.assume_constant_result  # dynamo enters the transforms that it traces, but cannot trace the question
 def _is_transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def convolutions_may_use_tf32() -> bool:
+    """Whether torch lets convolutions of float32 maps round their factors to TF32.
+
+    The switch has a name of its own per operator since torch 2.9; to read the old one fails once the new one is set.
+    """
+    conv = getattr(torch.backends.cudnn, 'conv', None)
+    return torch.backends.cudnn.allow_tf32 if conv is None else conv.fp32_precision == 'tf32'

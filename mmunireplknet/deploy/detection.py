@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # these two need mmdet
     from .dense_heads import DenseBoxes
     from .roi_heads import RoIInstances
 
-__all__ = ['ExportableDetector', 'make_detector']
+__all__ = ['ExportableDetector', 'align_detections', 'make_detector']
 
 
 class ExportableDetector(Exportable):
@@ -79,17 +79,22 @@ class ExportableDetector(Exportable):
         return F.pad(input, (0, -width % self.divisor, 0, -height % self.divisor), value=self.pad_value)
 
     def align(self, reference: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """``outputs`` in the order of ``reference``: to each box there the nearest of its class, once."""
-        dets, labels = outputs[0][0], outputs[1][0]
-        if outputs[0].shape != reference[0].shape:
-            return outputs
-        distance = (reference[0][0][:, None] - dets[None]).abs().amax(2)
-        distance = distance.masked_fill(reference[1][0][:, None] != labels[None], torch.inf)
-        order = []
-        for row in distance:
-            order.append(int(row.argmin()))
-            distance[:, order[-1]] = torch.finfo(distance.dtype).max if row.isinf().any() else torch.inf
-        return tuple(out[:, torch.tensor(order, dtype=torch.long)] for out in outputs)
+        """``outputs`` in the order of ``reference``, see ``align_detections``."""
+        return align_detections(reference, outputs)
+
+
+def align_detections(reference: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """``outputs`` in the order of ``reference``: to each box there the nearest of its class, once."""
+    dets, labels = outputs[0][0], outputs[1][0]
+    if outputs[0].shape != reference[0].shape:
+        return outputs
+    distance = (reference[0][0][:, None] - dets[None]).abs().amax(2)
+    distance = distance.masked_fill(reference[1][0][:, None] != labels[None], torch.inf)
+    order = []
+    for row in distance:
+        order.append(int(row.argmin()))
+        distance[:, order[-1]] = torch.finfo(distance.dtype).max if row.isinf().any() else torch.inf
+    return tuple(out[:, torch.tensor(order, dtype=torch.long)] for out in outputs)
 
 
 def make_detector(model: nn.Module, cfg: Config) -> ExportableDetector:

@@ -19,6 +19,7 @@ from mmengine.structures import InstanceData, PixelData
 from rich.progress import track
 from torch import nn
 
+from ..compat import ensure_detection_operators
 from ..datasets.sample_errors import name_samples
 from .exportable import ExportError
 from .formats import Run, format_of, open_exported
@@ -90,7 +91,7 @@ def evaluate_exported(
     file, meta = read_meta(name)
     _check_task(cfg, meta)
     init_default_scope(cfg.default_scope)
-    run = _open(file, runtime, threads or torch.get_num_threads())
+    run = _open(file, runtime, threads or torch.get_num_threads(), meta['task'] in TASKS['mmdet'])
     cfg.test_dataloader.batch_size = 1
     loader = Runner.build_dataloader(cfg.test_dataloader)
     facts = loader.dataset.metainfo
@@ -135,7 +136,7 @@ def _check_classes(meta: Mapping[str, Any], classes: Iterable[str] | None) -> No
     )
 
 
-def _open(file: Path, runtime: str | None, threads: int) -> Run:
+def _open(file: Path, runtime: str | None, threads: int, detector: bool) -> Run:
     format = format_of(file)
     if runtime is not None:
         if (format, runtime) not in (('onnx', 'onnxruntime'), ('onnx', 'openvino'), ('openvino', 'openvino')):
@@ -144,6 +145,10 @@ def _open(file: Path, runtime: str | None, threads: int) -> Run:
     package = dict(onnx='onnxruntime', openvino='openvino').get(format, 'torch')
     if find_spec(package) is None:
         raise ExportError(f'{file.name} needs {package}, which is not installed: pip install {package}')
+    if package == 'torch':
+        torch.set_num_threads(threads)
+        if detector:
+            ensure_detection_operators()  # what is in the file calls torchvision's
     try:
         return open_exported(file, threads=threads, format=format)
     except Exception as error:  # onnxruntime's and OpenVINO's have no other base
@@ -162,7 +167,7 @@ def _predict(run: Run, meta: Mapping[str, Any], inputs: torch.Tensor, sample: An
     values = run(_fit(inputs.numpy()[:, :, : shape[0], : shape[1]], meta))  # the exported model may pad by itself
     outputs = {output['name']: value for output, value in zip(meta['outputs'], values, strict=True)}
     if meta['task'] == 'segmentation' and 'logits' in outputs and outputs['logits'].shape[1] == 1:
-        raise ExportError('the exported model gives the logit of one class: export labels instead (--argmax).')
+        raise ExportError('the exported model gives the logit of one class: export it again, with this version.')
     found = postprocess(outputs, dict(meta), tuple(sample.ori_shape[:2]), shape)
     tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in found.items() if name != 'masks'}
     if meta['task'] == 'classification':

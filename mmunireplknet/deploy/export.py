@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from .parity import TOLERANCES, first_difference, first_difference_of_forms
 from .preprocessing import read_preprocessing, real_images, to_input
 from .quantize import Calibration, check_int8
 from .report import make_report, parity_shapes, to_markdown, worst
+from .tensorrt_engine import profile_of, trtexec
 
 __all__ = ['ParityError', 'build_model', 'export']
 
@@ -104,7 +106,8 @@ def export(
         _save_weights(model, checkpoint, new / 'deploy.pth')
         if half:
             model.half()
-        example = inputs[0] if shape else to_input(images, (2 if batches else 1, *inputs[0].shape[2:]), meta)
+        height, width = (32 * math.ceil(side / 32) for side in inputs[0].shape[2:])  # no stage's map is cut off
+        example = inputs[0] if shape else to_input(images, (2 if batches else 1, height, width), meta)
         facts = dict(dataset_meta=dict(classes=meta['classes'], palette=meta['palette']))
         options = Options(shape is None, half, opset, exporter, facts)
         file = write(format, deploy, example, new, options)
@@ -130,8 +133,9 @@ def export(
                 raise ParityError(_blame_int8(report, calibration))
             meta['int8'] = dict(calibration_images=report['int8']['images'])
             _add_papers(new, meta, report)
-        if format == 'openvino':
-            (new / FORMATS['onnx'].file).unlink()  # what it was converted from
+        if format == 'openvino':  # what it was converted from
+            for path in new.glob(f'{FORMATS["onnx"].file}*'):
+                path.unlink()
     print_log(f'{out_dir}: {file.name}, largest relative difference {worst(report):.1e}', logger='current')
     return report
 
@@ -265,10 +269,14 @@ def _blame_int8(report: dict[str, Any], calibration: Calibration) -> str:
 
 
 def _add_papers(folder: Path, meta: dict[str, Any], report: dict[str, Any]) -> None:
+    if (folder / f'{meta["file"]}.data').is_file():
+        meta['data'] = f'{meta["file"]}.data'
     folders.write_json(meta, folder / 'meta.json')
     folders.write_json(report, folder / 'report.json')
     (folder / 'report.md').write_text(to_markdown(report))
-    (folder / 'README.md').write_text(folders.readme(meta, worst(report)))
+    takes = meta['file'] == FORMATS['onnx'].file and 'int8' not in meta  # TensorRT wants symmetric activations
+    command = trtexec(meta, profile_of(meta, report)) if takes else ''
+    (folder / 'README.md').write_text(folders.readme(meta, worst(report), command))
     program = Path(__file__).with_name('run.py')
     if program.is_file() and meta['file'] == FORMATS['onnx'].file and meta['task'] != 'features':
         shutil.copy(program, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
@@ -113,6 +114,9 @@ class ExportableClassifier(Exportable):
 class ExportableSegmentor(Exportable):
     """mmseg's EncoderDecoder on whole images: 'logits' (N, classes, H, W), or 'labels' (N, H, W).
 
+    A head with a single logit, of the foreground, has a threshold of its probability, which nobody who runs the model
+    knows of: its logit is put before as that of the background, so that here, too, the largest is the class.
+
     Args:
         model: The segmentor.
         argmax: Return labels: what mmseg's postprocessing makes of the logits.
@@ -136,11 +140,11 @@ class ExportableSegmentor(Exportable):
         """Logits at the size of the input, or labels in int64."""
         size = input.shape[2:]
         logits = self.model.encode_decode(input, [dict(img_shape=size, pad_shape=size)])
-        if not self.argmax:
-            return (logits,)
-        if self.model.out_channels == 1:  # one sigmoid for foreground, as mmseg's postprocess_result
-            return ((logits.sigmoid() > self.model.decode_head.threshold).squeeze(1).long(),)
-        return (logits.argmax(1),)
+        if self.model.out_channels == 1:
+            threshold = torch.logit(torch.tensor(float(self.model.decode_head.threshold)), eps=1e-6).item()
+            logits = logits.float()
+            logits = torch.cat([torch.full_like(logits, threshold), logits], 1)
+        return (logits.argmax(1) if self.argmax else logits,)
 
 
 def make_exportable(

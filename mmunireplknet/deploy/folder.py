@@ -113,6 +113,17 @@ or, on a tensor that is preprocessed already:
 """,
 }
 
+TENSORRT = """
+## TensorRT
+
+On a machine with a GPU and TensorRT (10 or newer), in this folder:
+
+    {command}
+
+The types in the ONNX file are kept (strongly typed): GRN and LayerNorm reduce in float32 in a model in float16, too.
+`tools/build_engine.py` of the package does the same and compares the engine with onnxruntime.
+"""
+
 
 INT8 = """
 
@@ -120,19 +131,23 @@ It was then quantized: convolutions and linear layers compute in int8, in ranges
 images; GRN, LayerNorm and SE stay in float. report.md says what that costs. `deploy.pth` holds the float weights."""
 
 
-def readme(meta: Mapping[str, Any], worst: float) -> str:
+def readme(meta: Mapping[str, Any], worst: float, command: str = '') -> str:
     """README.md of the folder.
 
     Args:
         meta: What is in meta.json.
         worst: Largest relative difference that was measured.
+        command: Builds a TensorRT engine; '' if there is none for this format.
     """
     shape = ', '.join('any' if n is None else str(n) for n in meta['input']['shape'])
     outputs = '\n'.join(
         f'- `{o["name"]}` ({", ".join("any" if n is None else str(n) for n in o["shape"])}): {o["meaning"]}'
         for o in meta['outputs']
     )
+    weights = f' Its weights are in `{meta["data"]}`, which has to stay beside it.' if meta.get('data') else ''
     example = HOW_TO_RUN[meta['file']]
+    if command:
+        example += TENSORRT.format(command=command)
     if meta['input']['shape'][2] is not None:
         example = example.replace('1, 3, 256, 256', ', '.join(map(str, meta['input']['shape'])))
     int8 = INT8.format(**meta['int8']) if 'int8' in meta else ''
@@ -141,7 +156,7 @@ def readme(meta: Mapping[str, Any], worst: float) -> str:
 Exported by {meta['package']} from `{meta['config']}`, reparameterized. Largest relative difference from the model it
 was made of: {worst:.1e} (report.md).{int8}
 
-- `{meta['file']}`: the model. Input `input` ({shape}), float32, {meta['input']['channels']}, normalized.
+- `{meta['file']}`: the model. Input `input` ({shape}), float32, {meta['input']['channels']}, normalized.{weights}
 - `meta.json`: classes, palette, and how an image becomes the input (sizes are height, width; `scale` is width, height;
   mean and std are of values from 0 to 255; padding is added below and to the right, after normalizing).
 - `deploy.pth`: the same weights as a PyTorch checkpoint for the config with `model.backbone.deploy=True`.

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..compat import resize_of_open_sizes
 from ..models.checkpoint_file import read_checkpoint
 from ..models.unireplknet import UniRepLKNet
 from .exportable import Exportable, ExportError
@@ -102,16 +103,17 @@ def write(format: str, exportable: Exportable, image: Tensor, folder: Path, opti
         what = 'in training form' if unmerged else 'in training mode'
         raise ExportError(f'the model is {what}, which is not for export: make_exportable makes it ready.')
     file = folder / FORMATS[format].file
-    if format == 'onnx':
-        write_onnx(exportable, image, file, options.dynamic, options.opset, options.exporter)
-    elif format == 'openvino':
-        _write_openvino(exportable, image, file, options)
-    elif format == 'torchscript':
-        _write_torchscript(exportable, image, file, TOLERANCES[options.half])
-    elif format == 'pt2':
-        _write_pt2(exportable, image, file, options.dynamic)
-    else:
-        _write_safetensors(exportable, file, options.meta or {})
+    with resize_of_open_sizes():
+        if format == 'onnx':
+            write_onnx(exportable, image, file, options.dynamic, options.opset, options.exporter)
+        elif format == 'openvino':
+            _write_openvino(exportable, image, file, options)
+        elif format == 'torchscript':
+            _write_torchscript(exportable, image, file, TOLERANCES[options.half])
+        elif format == 'pt2':
+            _write_pt2(exportable, image, file, options.dynamic)
+        else:
+            _write_safetensors(exportable, file, options.meta or {})
     return file
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import tempfile
 from collections.abc import Iterable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -13,16 +14,18 @@ import torch
 from torch import Tensor
 
 from .exportable import Exportable, ExportError
+from .norm_precision import MODULE, pin_layer_norms
 from .pointwise import with_convolutions
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ['OPSET', 'check_onnx', 'count_depthwise', 'failure', 'module_of', 'write_onnx']
+__all__ = ['OPSET', 'check_onnx', 'count_depthwise', 'failure', 'write_onnx']
 
 OPSET = 18
 """The version that torch's exporter writes without converting: LayerNormalization is one operator, GELU is not yet."""
-MODULE = 'module'  # the entry of a node's metadata that names the module it was made of
+LARGEST = 2**31 - 2**26
+"""Bytes of weights that are written into the file, which protobuf limits to 2 GiB; more go into a file beside it."""
 DYNAMO_SCOPES = 'pkg.torch.onnx.name_scopes'
 
 
@@ -51,13 +54,20 @@ def write_onnx(
     import onnx
 
     exportable = with_convolutions(exportable)
+    large = sum(value.nbytes for value in exportable.state_dict().values()) > LARGEST
     if (exporter or exportable.exporter) == 'dynamo':
         graph = _export_dynamo(exportable, image, dynamic, opset)
     else:
-        graph = _slim(_export_traced(exportable, image, dynamic, opset))
+        graph = _export_traced(exportable, image, dynamic, opset, file.parent)
+        graph = graph if large else _slim(graph)
     _clean(graph, exportable, dynamic)
-    check_onnx(graph)
-    onnx.save(graph, file)
+    pin_layer_norms(graph)
+    if not large:
+        check_onnx(graph)
+        onnx.save(graph, file)
+        return
+    onnx.save(graph, file, save_as_external_data=True, location=f'{file.name}.data')
+    check_onnx(onnx.load(file, load_external_data=False), file)
 
 
 def _export_dynamo(exportable: Exportable, image: Tensor, dynamic: bool, opset: int) -> onnx.ModelProto:
@@ -79,25 +89,25 @@ def _export_dynamo(exportable: Exportable, image: Tensor, dynamic: bool, opset: 
     return cast(torch.onnx.ONNXProgram, exported).model_proto
 
 
-def _export_traced(exportable: Exportable, image: Tensor, dynamic: bool, opset: int) -> onnx.ModelProto:
+def _export_traced(exportable: Exportable, image: Tensor, dynamic: bool, opset: int, folder: Path) -> onnx.ModelProto:
     import onnx
 
-    buffer = io.BytesIO()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), tempfile.TemporaryDirectory(dir=folder) as temporary:
+            file = str(Path(temporary, 'traced.onnx'))  # beside which torch puts the weights of a large model
             torch.onnx.export(
                 exportable,
                 (image,),
-                cast(str, buffer),  # it takes any file, which its signature does not say
+                file,
                 dynamo=False,
                 opset_version=opset,
                 input_names=[exportable.input_name],
                 output_names=list(exportable.output_names),
                 dynamic_axes=exportable.dynamic_axes if dynamic else _unknown_sizes(exportable),
             )
+            return onnx.load(file)
     except Exception as error:  # what a model holds decides what the exporter raises
         raise ExportError(failure(exportable, 'onnx', error)) from error
-    return onnx.load_from_string(buffer.getvalue())
 
 
 def _unknown_sizes(exportable: Exportable) -> dict[str, dict[int, str]]:
@@ -180,13 +190,12 @@ def _join(path: str, part: str) -> str:
     return f'{path}.{part}' if path else part
 
 
-def module_of(node: onnx.NodeProto) -> str:
-    """Name of the module that a node was made of, '' if it belongs to none."""
-    return next((p.value for p in node.metadata_props if p.key == MODULE), '')
-
-
-def check_onnx(graph: onnx.ModelProto) -> None:
+def check_onnx(graph: onnx.ModelProto, file: Path | None = None) -> None:
     """Refuse what is not a valid graph of standard operators with shapes that can be inferred.
+
+    Args:
+        graph: The graph.
+        file: Where it is, if weights stand beside it.
 
     Raises:
         ExportError: The first thing that is wrong.
@@ -198,7 +207,7 @@ def check_onnx(graph: onnx.ModelProto) -> None:
         names = ', '.join(foreign or [f.name for f in graph.functions])
         raise ExportError(f'the graph needs operators outside of the ONNX standard ({names}), which runtimes lack.')
     try:
-        onnx.checker.check_model(graph, full_check=True)
+        onnx.checker.check_model(str(file) if file else graph, full_check=True)
         onnx.shape_inference.infer_shapes(graph, strict_mode=True, data_prop=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f'the exported graph is not valid ONNX: {error}') from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ..models.block import UniRepLKNetBlock
 from ..models.checkpoint_file import read_checkpoint
 from .exportable import Exportable
-from .onnx_file import module_of
+from .norm_precision import module_of
 from .pointwise import with_convolutions
 
-__all__ = ['TOLERANCES', 'Difference', 'compare', 'first_difference', 'first_difference_of_forms']
+__all__ = ['TOLERANCES', 'Difference', 'compare', 'differences', 'first_difference', 'first_difference_of_forms']
 
 TOLERANCES = {False: 1e-4, True: 1e-2}
 """By ``half``. Measured on randomised models: about 1e-6 in float32, 1e-3 in float16."""
@@ -70,10 +70,27 @@ def compare(
     exportable: Exportable, reference: Iterable[Tensor | np.ndarray], actual: Iterable[Tensor | np.ndarray]
 ) -> dict[str, Difference]:
     """Difference of every output, by name."""
+    return differences(exportable.output_names, reference, actual, exportable.align)
+
+
+def differences(
+    names: Sequence[str],
+    reference: Iterable[Tensor | np.ndarray],
+    actual: Iterable[Tensor | np.ndarray],
+    align: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None,
+) -> dict[str, Difference]:
+    """Difference of every output, by name.
+
+    Args:
+        names: Of the outputs.
+        reference: Their values.
+        actual: The values that are compared with them.
+        align: Puts these into the order of the reference, see ``Exportable.align``.
+    """
     a, b = (tuple(torch.as_tensor(value) for value in values) for values in (reference, actual))
     if len(a) != len(b):
-        raise ValueError(f'{len(b)} outputs where {len(a)} were expected: {", ".join(exportable.output_names)}.')
-    pairs = zip(exportable.output_names, a, exportable.align(a, b), strict=True)
+        raise ValueError(f'{len(b)} outputs where {len(a)} were expected: {", ".join(names)}.')
+    pairs = zip(names, a, align(a, b) if align else b, strict=True)
     return {name: Difference.of(x, y) for name, x, y in pairs}
 
 
@@ -99,7 +116,7 @@ def first_difference(
     if format in ('onnx', 'openvino'):
         import onnx
 
-        model = onnx.load(graph or file)
+        model = onnx.load(graph or file, load_external_data=False)
         torch_values = _module_outputs(_as_written(exportable), image)
         names = _values_of_modules(model, torch_values)
         run = _onnx_values if format == 'onnx' else _openvino_values
@@ -173,8 +190,13 @@ def _onnx_values(model: Any, file: Path, names: list[str], image: np.ndarray) ->
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # keep the values apart
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=['CPUExecutionProvider'])
-    outputs = session.run(names, {model.graph.input[0].name: image})
+    probe = file.with_name(f'probe-{file.name}')  # in the same folder, where its weights may be
+    try:
+        onnx.save(model, probe)
+        session = onnxruntime.InferenceSession(str(probe), options, providers=['CPUExecutionProvider'])
+        outputs = session.run(names, {model.graph.input[0].name: image})
+    finally:
+        probe.unlink(missing_ok=True)
     return dict(zip(names, outputs, strict=True))
 
 

@@ -149,10 +149,12 @@ def quantize(format: str, file: Path, exportable: Exportable, images: Calibratio
         How many layers are computed in int8.
 
     Raises:
-        ExportError: An image cannot be read, or the quantization fails.
+        ExportError: An image cannot be read, the model is too large, or the quantization fails.
     """
     import onnx
 
+    if file.with_name('model.onnx.data').exists():
+        raise ExportError('int8: models of more than 2 GiB, whose weights lie beside the graph, are not quantized.')
     graph = onnx.load(file.with_name('model.onnx'))
     names = [node.name for node in layers_to_quantize(graph, exportable)]
     if not names:

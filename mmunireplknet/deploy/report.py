@@ -20,6 +20,7 @@ from ..analysis.timing import interleave, thread_count
 from .exportable import Exportable
 from .formats import Run
 from .parity import Difference, compare
+from .run import preprocess
 
 __all__ = ['make_report', 'parity_shapes', 'plain', 'to_markdown', 'worst']
 
@@ -49,30 +50,28 @@ def parity_shapes(meta: Mapping[str, Any], image: np.ndarray, batches: bool) -> 
     n, _, height, width = meta['input']['shape']
     if height is not None:
         return [(n or 1, height, width)]
-    height, width = _tested_size(meta['preprocess'], *image.shape[:2])
+    height, width = _tested_size(meta, image)
     half = (_multiple(height * 3 // 4), _multiple(width // 2))
-    return [(1, height, width), (2 if batches else 1, *half), (1, height * 5 // 8 + 3, width * 7 // 8 - 5)]
+    odd = (_odd(height * 5 // 8 + 3), _odd(width * 7 // 8 - 5))
+    return [(1, height, width), (2 if batches else 1, *half), (1, *odd)]
 
 
-def _tested_size(rules: Mapping[str, Any], height: int, width: int) -> tuple[int, int]:
-    resize = rules['resize']
-    if rules['center_crop']:
-        height, width = rules['center_crop']
-    elif resize['mode'] == 'exact' and 'scale' in resize:
-        width, height = resize['scale']
-    elif 'factor' in resize or resize['mode'] == 'short_edge':
-        factor = resize.get('factor') or resize['scale'] / min(height, width)
-        height, width = int(height * factor), int(width * factor)
-    elif resize['mode'] == 'keep_ratio':
-        long, short = max(resize['scale']), min(resize['scale'])
-        factor = min(long / max(height, width), short / min(height, width))
-        height, width = int(height * factor), int(width * factor)
+def _tested_size(meta: Mapping[str, Any], image: np.ndarray) -> tuple[int, int]:
+    """Size that the test pipeline makes of an image (H, W, 3), or in proportion the largest that is compared at."""
+    rules = meta['preprocess']
+    resize = {**rules['resize'], 'interpolation': 'bilinear', 'backend': 'cv2'}  # what run.py has always
+    made, _ = preprocess(image, {**meta, 'preprocess': {**rules, 'resize': resize}})
+    height, width = made.shape[2:]
     factor = min(1.0, LARGEST / max(height, width))
-    return _multiple(int(height * factor)), _multiple(int(width * factor))
+    return max(64, int(height * factor)), max(64, int(width * factor))
 
 
 def _multiple(size: int) -> int:
     return max(64, 32 * math.ceil(size / 32))
+
+
+def _odd(size: int) -> int:
+    return size + (size % 32 == 0)
 
 
 def make_report(
@@ -167,6 +166,8 @@ def _machine() -> str:
 def to_markdown(report: Mapping[str, Any]) -> str:
     """A report as tables."""
     verdict = 'passed' if report['passed'] else 'FAILED'
+    trained = any('training' in pair for pair in report['cases'][0]['differences'])
+    note = report.get('note', '' if trained else WITHOUT_TRAINING)
     lines = [
         f'# Parity of {report["file"]}: {verdict}',
         '',
@@ -175,7 +176,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         'of the reference (of integers the share of entries that differ); max and mean are those of the absolute '
         'difference over those of the absolute value of the reference.',
         '',
-        *([] if any('training' in pair for pair in report['cases'][0]['differences']) else [WITHOUT_TRAINING, '']),
+        *([note, ''] if note else []),
         '| input | what - of what | output | relative | max | mean |',
         '|---|---|---|---|---|---|',
     ]

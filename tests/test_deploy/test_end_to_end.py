@@ -9,7 +9,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 from mmunireplknet.engine.launch import load_config
 
-from .. import coco_stand_in
+from .. import coco_stand_in, imagenet_stand_in
 from ..procedural import randomise
 from ..test_tools.test_command_line import run_tool
 
@@ -54,3 +54,32 @@ def test_detector(tmp_path):
         assert torch.allclose(here['scores'], there['scores'], atol=1e-4)
         assert torch.allclose(here['bboxes'], there['bboxes'], atol=1e-2)
         assert (here['masks'] != there['masks']).float().mean() < 1e-3
+
+
+def test_classifier(tmp_path):
+    """UniRepLKNet-A by its ImageNet config."""
+    pytest.importorskip('mmpretrain.models')
+    data = imagenet_stand_in.generate(tmp_path / 'imagenet', train=1)
+    config = imagenet_stand_in.shrunk(tmp_path / 'config.py', data, model=dict(head=dict(num_classes=3)))
+    cfg = load_config(str(config))
+    init_default_scope(cfg.default_scope)
+    model = randomise(MODELS.build({**cfg.model, 'data_preprocessor': cfg.data_preprocessor}))
+    assert model.backbone.arch.depths == (2, 2, 6, 2)
+    checkpoint = tmp_path / 'model.pth'
+    torch.save(
+        dict(meta=dict(dataset_meta=dict(classes=['one', 'two', 'three'])), state_dict=model.state_dict()), checkpoint
+    )
+    assert (
+        run_tool('export.py', config, checkpoint, tmp_path / 'out', '--exporter', 'torchscript', '--seconds', 0) is None
+    )
+    scores, top1 = {}, {}
+    for name, tested in (('torch', checkpoint), ('onnx', tmp_path / 'out' / 'model.onnx')):
+        out, metrics = tmp_path / f'{name}.pkl', tmp_path / f'{name}.json'
+        arguments = ['--out', out, '--metrics', metrics, '--work-dir', tmp_path / name]
+        assert run_tool('test.py', config, tested, *arguments, '--cfg-options', f'visualizer.name=top1-{name}') is None
+        top1[name] = json.loads(metrics.read_text())['accuracy/top1']
+        scores[name] = torch.stack([sample['pred_score'] for sample in pickle.loads(out.read_bytes())])
+    assert top1['onnx'] == top1['torch']
+    assert torch.equal(scores['onnx'].argmax(1), scores['torch'].argmax(1))
+    assert float(scores['torch'].std(0).max()) > 1e-3, 'the images are all alike to it'
+    assert torch.allclose(scores['onnx'], scores['torch'], atol=1e-5)

@@ -131,6 +131,66 @@ def test_a_segmentor_scores_as_in_torch(scenes, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_single_logit_has_its_threshold(scenes, tmp_path, monkeypatch):
+    pytest.importorskip('mmseg.models')
+    from mmunireplknet.deploy.exportable import make_exportable
+    from mmunireplknet.deploy.formats import Options, write
+
+    cfg = seg_config(scenes, work_dir=str(tmp_path))
+    cfg.visualizer = dict(type='SegLocalVisualizer', name='single-logit')
+    cfg.model.decode_head.update(
+        num_classes=2, out_channels=1, threshold=0.6, loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=True)
+    )
+    cfg.test_dataloader.dataset.metainfo = dict(classes=['sky', 'tree'], palette=PALETTE[:2])
+    with monkeypatch.context() as patch:
+        patch.setattr(UniRepLKNet, '__init__', INIT)
+        init_default_scope('mmseg')
+        model = randomise(MODELS.build(cfg.model))
+        torch.save(dict(state_dict=model.state_dict(), meta={}), tmp_path / 'train.pth')
+        expected = evaluate(cfg.copy(), str(tmp_path / 'train.pth'))
+        for argmax, name in ((False, 'logits'), (True, 'labels')):
+            folder = tmp_path / name
+            folder.mkdir()
+            meta = {**facts('segmentation', [name]), 'classes': ['sky', 'tree']}
+            (folder / 'meta.json').write_text(json.dumps(meta))
+            exportable = make_exportable(model, cfg, argmax=argmax)
+            write('onnx', exportable, torch.randn(2, 3, 64, 96), folder, Options(exporter='torchscript'))
+    assert 5 < expected['mIoU'] < 95
+    assert evaluate_exported(cfg.copy(), tmp_path / 'logits', threads=1) == pytest.approx(expected, abs=0.05)
+    # Labels are enlarged as they are, not as logits: the edges differ a little.
+    assert evaluate_exported(cfg.copy(), tmp_path / 'labels', threads=1)['aAcc'] == pytest.approx(
+        expected['aAcc'], abs=2
+    )
+
+
+@pytest.mark.slow
+def test_every_format_is_evaluated(scenes, tmp_path):
+    """The same network in each: the metrics of the ONNX file."""
+    pytest.importorskip('mmseg.models')
+    openvino = pytest.importorskip('openvino')
+
+    class Colours(torch.nn.Module):
+        def forward(self, image):
+            return (torch.nn.functional.interpolate(image[:, :, ::2, ::2], image.shape[2:], mode='bilinear'),)
+
+    folder, image = segmentor(tmp_path / 'model'), torch.randn(1, 3, 64, 96)
+    torch.jit.save(torch.jit.trace(Colours(), image), folder / 'model.torchscript.pt')
+    sizes = ({2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
+    torch.export.save(torch.export.export(Colours(), (image,), dynamic_shapes=sizes), folder / 'model.pt2')
+    openvino.save_model(openvino.convert_model(folder / 'model.onnx'), folder / 'model.xml')
+    expected = evaluate_exported(seg_config(scenes), folder)
+    assert 60 < expected['aAcc'] < 99
+    for name in ('model.xml', 'model.torchscript.pt', 'model.pt2'):
+        assert evaluate_exported(seg_config(scenes), folder / name, threads=1) == pytest.approx(expected, abs=0.1), name
+        if name != 'model.xml':
+            with pytest.raises(ExportError, match=f'openvino cannot run {name}'):
+                evaluate_exported(seg_config(scenes), folder / name, 'openvino')
+            (folder / name).write_bytes(b'nothing')
+            with pytest.raises(ExportError, match=f'torch cannot open .*{name}'):
+                evaluate_exported(seg_config(scenes), folder / name)
+
+
+@pytest.mark.slow
 def test_the_tool_writes_the_metrics(scenes, tmp_path, capsys):
     pytest.importorskip('mmseg.models')
     config = tmp_path / 'config.py'
@@ -264,6 +324,23 @@ def test_padding_is_as_meta_says(coco, tmp_path, monkeypatch, divisor, shape):
     assert [image.shape for image in seen] == [shape]
     assert (seen[0][:, :, 72:] == 7).all()
     assert not (seen[0][:, :, :72] == 7).any()
+
+
+@pytest.mark.slow
+def test_torch_formats_of_detectors_get_their_operators(coco, tmp_path, monkeypatch):
+    """Their graphs call torchvision's NMS and RoIAlign, which torch knows only when they have been declared."""
+    pytest.importorskip('mmdet.models')
+    outputs = [torch.from_numpy(value)[None] for value in truth().values()]
+    folder, called = coco_folder(tmp_path / 'model', **truth()), []
+
+    class Same(torch.nn.Module):
+        def forward(self, image):
+            return tuple(out + (0 * image.sum()).to(out.dtype) for out in outputs)
+
+    torch.jit.save(torch.jit.trace(Same(), torch.zeros(1, 3, 64, 64)), folder / 'model.torchscript.pt')
+    monkeypatch.setattr(module, 'ensure_detection_operators', lambda: called.append(True))
+    assert evaluate_exported(det_config(coco), folder / 'model.torchscript.pt')['coco/bbox_mAP'] == 1
+    assert called
 
 
 @pytest.mark.slow

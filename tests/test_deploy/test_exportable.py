@@ -51,6 +51,11 @@ def test_labels_of_a_single_logit():
     assert labels.shape == (1, 64, 64)
     assert 0 < float(labels.double().mean()) < 1
     assert float((labels != expected).double().mean()) < 1e-3
+    (logits,) = make_exportable(model, cfg)(x)
+    assert logits.shape == (1, 2, 64, 64), 'as many as classes'
+    assert torch.equal(logits.argmax(1), labels)
+    (half,) = make_exportable(model, cfg, half=True)(x)
+    assert float((half.argmax(1) != expected).double().mean()) < 1e-2
 
 
 def test_classifier_computes_what_mmpretrain_predicts():

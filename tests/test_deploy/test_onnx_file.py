@@ -7,7 +7,8 @@ from torch import nn
 from mmunireplknet import UniRepLKNet
 from mmunireplknet.deploy import onnx_file
 from mmunireplknet.deploy.exportable import ExportError, make_exportable
-from mmunireplknet.deploy.onnx_file import check_onnx, count_depthwise, module_of, write_onnx
+from mmunireplknet.deploy.norm_precision import module_of
+from mmunireplknet.deploy.onnx_file import check_onnx, count_depthwise, write_onnx
 
 from ..procedural import image
 from ..test_models.tiny import tiny

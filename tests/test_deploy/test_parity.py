@@ -96,19 +96,22 @@ def test_the_block_that_is_merged_wrongly_is_named(forms):
     [
         (dict(resize=dict(mode='none'), center_crop=None), (320, 480)),
         (dict(resize=dict(mode='short_edge', scale=256), center_crop=[224, 224]), (224, 224)),
-        (dict(resize=dict(mode='keep_ratio', scale=[2048, 512]), center_crop=None), (448, 640)),
+        (dict(resize=dict(mode='keep_ratio', scale=[2048, 512]), center_crop=None), (426, 640)),
         (dict(resize=dict(mode='exact', scale=[96, 64]), center_crop=None), (64, 96)),
-        (dict(resize=dict(mode='exact', factor=0.5), center_crop=None), (160, 256)),
-        (dict(resize=dict(mode='short_edge', scale=160), center_crop=None), (160, 256)),
+        (dict(resize=dict(mode='exact', factor=0.5), center_crop=None), (160, 240)),
+        (dict(resize=dict(mode='exact', factor=1.33), center_crop=None), (426, 638)),
+        (dict(resize=dict(mode='keep_ratio', scale=[300, 300]), center_crop=None, size_divisor=32), (224, 320)),
+        (dict(resize=dict(mode='short_edge', scale=160), center_crop=None), (160, 240)),
     ],
     ids=str,
 )
 def test_sizes_of_the_comparison(rules, expected):
-    meta = dict(preprocess=rules, input=dict(shape=[None, 3, None, None]))
+    rules = dict(mean=[0.0] * 3, std=[1.0] * 3, **rules)
+    meta = dict(preprocess=rules, input=dict(shape=[None, 3, None, None], channels='RGB', dtype='float32'))
     shapes = parity_shapes(meta, np.zeros((320, 480, 3)), True)
     assert shapes[0] == (1, *expected)
     assert len(set(shapes)) == 3
     assert shapes[1][0] == 2
     assert any(h % 32 and w % 32 for _, h, w in shapes)
-    fixed = dict(meta, input=dict(shape=[2, 3, 64, 96]))
+    fixed = dict(meta, input=dict(meta['input'], shape=[2, 3, 64, 96]))
     assert parity_shapes(fixed, np.zeros((9, 9, 3)), True) == [(2, 64, 96)]

@@ -271,7 +271,9 @@ def test_export_of_a_segmentor(photos, tmp_path, format):
     assert evaluate_exported(copy.deepcopy(cfg), tmp_path / 'out') == found['metrics']['int8']
     assert found['metrics']['float'].keys() == found['metrics']['int8'].keys()
     assert json.loads((tmp_path / 'out' / 'meta.json').read_text())['int8'] == dict(calibration_images=2)
-    assert 'in ranges from 2 calibration' in (tmp_path / 'out' / 'README.md').read_text()
+    readme = (tmp_path / 'out' / 'README.md').read_text()
+    assert 'in ranges from 2 calibration' in readme
+    assert 'TensorRT' not in readme
     text = (tmp_path / 'out' / 'report.md').read_text()
     assert f'| mIoU | {found["metrics"]["float"]["mIoU"]:.4g} | {found["metrics"]["int8"]["mIoU"]:.4g} |' in text
 

@@ -1,0 +1,70 @@
+"""The GPU package in Triton's interpreter, which runs on a CPU, beside the compiled one in the same process.
+
+A kernel is interpreted or compiled depending on a switch at the time of its definition. So the files of the package
+are loaded a second time, under another name and with the switch on: the same sources, and nothing else changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import triton
+
+NAME = 'mmunireplknet.ops._interpreted_gpu'
+MODULES = ('toeplitz', 'layouts', 'tuning', 'convolution', 'gram')
+
+
+@contextlib.contextmanager
+def interpreted_package() -> Iterator[SimpleNamespace]:
+    """The modules of ``mmunireplknet.ops.gpu``, interpreted; to be run within ``interpreting``."""
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
+        _load_package()
+        modules = {name: importlib.import_module(f'{NAME}.{name}') for name in MODULES}
+    yield SimpleNamespace(**modules)
+    for name in [name for name in sys.modules if name.startswith(NAME)]:
+        del sys.modules[name]
+
+
+def _load_package() -> ModuleType:
+    spec = importlib.util.find_spec('mmunireplknet.ops.gpu')
+    copy = importlib.util.spec_from_file_location(
+        NAME, spec.origin, submodule_search_locations=[*spec.submodule_search_locations]
+    )
+    sys.modules[NAME] = package = importlib.util.module_from_spec(copy)
+    copy.loader.exec_module(package)
+    return package
+
+
+@contextlib.contextmanager
+def interpreting() -> Iterator[None]:
+    """Meanwhile functions like ``tl.sum``, which are kernels themselves, are interpreted, and cannot be compiled."""
+    import triton.experimental.gluon  # imported at the first launch otherwise, and wants the functions compiled
+    from triton.runtime.interpreter import InterpretedFunction, _patch_lang
+    from triton.runtime.jit import JITFunction
+
+    def call(self: InterpretedFunction, *args: Any, **options: Any) -> Any:
+        """What triton 3.7 does when a kernel calls another, but taking back the changes that it makes to tl."""
+        changes = _patch_lang(self.fn)
+        try:
+            return self.rewrite()(*args, **options)
+        finally:
+            changes.restore()
+
+    language, standard = triton.language, triton.language.standard
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpretedFunction, '__call__', call)
+        for name, function in list(vars(standard).items()):
+            if isinstance(function, JITFunction):
+                mine = InterpretedFunction(function.fn)
+                patch.setattr(standard, name, mine)
+                if getattr(language, name, None) is function:
+                    patch.setattr(language, name, mine)
+        yield
