@@ -23,7 +23,8 @@ from ..engine.inference import find_images
 from ..models.layers import GRN, SEBlock
 from .exportable import Exportable, ExportError
 from .formats import Run
-from .onnx_file import check_onnx, module_of
+from .norm_precision import module_of
+from .onnx_file import check_onnx
 from .pooling import MatrixPool2d
 from .run import preprocess
 

@@ -13,7 +13,8 @@ from mmunireplknet.deploy import quantize
 from mmunireplknet.deploy.evaluate import evaluate_exported
 from mmunireplknet.deploy.export import ParityError, export
 from mmunireplknet.deploy.exportable import ExportError, make_exportable
-from mmunireplknet.deploy.onnx_file import module_of, write_onnx
+from mmunireplknet.deploy.norm_precision import module_of
+from mmunireplknet.deploy.onnx_file import write_onnx
 from mmunireplknet.deploy.quantize import FLOAT_MODULES, Calibration, check_int8, layers_to_quantize
 from mmunireplknet.deploy.run import preprocess
 
