@@ -4,6 +4,8 @@ Example:
     python tools/export.py configs/upernet_unireplknet_s_ade20k.py upernet_unireplknet_s_ade20k out/upernet_s
     python tools/export.py configs/unireplknet_t_in1k.py unireplknet_t_in1k_224_acc83.21.pth out/t \\
         --format openvino --half --shape 1 224 224
+    python tools/export.py configs/upernet_unireplknet_s_ade20k.py upernet_unireplknet_s_ade20k out/upernet_s_int8 \\
+        --int8 data/ade/ADEChallengeData2016/images/training
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ def parse_args() -> argparse.Namespace:
     size.add_argument('--shape', nargs=3, type=int, metavar=('N', 'H', 'W'), help='the only input it shall take')
     size.add_argument('--dynamic', action='store_true', help='any batch, height and width (the default)')
     parser.add_argument('--half', action='store_true', help='weights in float16; input and outputs stay float32')
+    parser.add_argument('--int8', metavar='FOLDER', help='quantize, by calibration images (formats onnx, openvino)')
+    parser.add_argument('--calibration-images', type=int, default=32, help='how many of them (default: %(default)s)')
     parser.add_argument('--backbone-only', action='store_true', help='feature maps instead of predictions')
     parser.add_argument('--argmax', action='store_true', help='of a segmentor: labels instead of logits')
     parser.add_argument('--opset', type=int, default=OPSET, help=f'version of the ONNX operators (default: {OPSET})')
@@ -43,6 +47,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--threads', type=int, help='threads of the latencies')
     parser.add_argument(
         '--seconds', type=float, default=2.0, help='time spent on the latencies at each size, 0 for none'
+    )
+    parser.add_argument(
+        '--no-metric', dest='metric', action='store_false', help='of --int8: no test of both models on the test data'
     )
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override config entries: key=value ...')
     return parser.parse_args()

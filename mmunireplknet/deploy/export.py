@@ -25,9 +25,11 @@ from ..models.layouts import STEM, from_published
 from . import folder as folders
 from .exportable import Exportable, ExportError, make_exportable
 from .formats import FORMATS, Options, check_packages, open_exported, write
+from .int8 import replace_by_int8
 from .onnx_file import OPSET
 from .parity import TOLERANCES, first_difference, first_difference_of_forms
 from .preprocessing import read_preprocessing, real_images, to_input
+from .quantize import Calibration, check_int8
 from .report import make_report, parity_shapes, to_markdown, worst
 from .tensorrt_engine import profile_of, trtexec
 
@@ -53,6 +55,9 @@ def export(
     tolerance: float | None = None,
     threads: int | None = None,
     seconds: float = 2.0,
+    int8: str | Path | None = None,
+    calibration_images: int = 32,
+    metric: bool = True,
 ) -> dict[str, Any]:
     """Export a model, reparameterized, and leave a folder with it, or nothing at all.
 
@@ -71,6 +76,9 @@ def export(
         tolerance: Largest relative difference of any output; by default 1e-4, with ``half`` 1e-2.
         threads: Threads of the latencies; by default as many as torch has now.
         seconds: About how long to time each of the sizes; 0 leaves that out.
+        int8: Folder with calibration images: quantize what has been exported and compared.
+        calibration_images: How many of them to take.
+        metric: Test the float and the int8 model on the config's test data, if it is there.
 
     Returns:
         The report (report.json).
@@ -84,6 +92,7 @@ def export(
     out_dir = Path(out_dir)
     folders.check_folder(out_dir, overwrite)
     _check_options(format, shape, exporter)
+    calibration = None if int8 is None else check_int8(format, half, int8, calibration_images)
     model, form = build_model(cfg, checkpoint)
     training = None
     if form == 'training':
@@ -117,10 +126,16 @@ def export(
         )
         if not report['passed']:
             raise ParityError(_blame(report, file, deploy, training, inputs))
+        _add_papers(new, meta, report)
+        if calibration is not None:
+            report['int8'] = replace_by_int8(cfg, new, meta, deploy, calibration, inputs, count, seconds, metric)
+            if not report['int8']['passed']:
+                raise ParityError(_blame_int8(report, calibration))
+            meta['int8'] = dict(calibration_images=report['int8']['images'])
+            _add_papers(new, meta, report)
         if format == 'openvino':  # what it was converted from
             for path in new.glob(f'{FORMATS["onnx"].file}*'):
                 path.unlink()
-        _add_papers(new, meta, report)
     print_log(f'{out_dir}: {file.name}, largest relative difference {worst(report):.1e}', logger='current')
     return report
 
@@ -243,13 +258,24 @@ def _blame(
     )
 
 
+def _blame_int8(report: dict[str, Any], calibration: Calibration) -> str:
+    outputs = {name: d for case in report['int8']['cases'] for name, d in case['differences'].items()}
+    most = max(float(d['relative']) for case in report['int8']['cases'] for d in case['differences'].values())
+    return (
+        f'the int8 model differs from the float one by {most:.1e} ({", ".join(outputs)}), more than '
+        f'{report["int8"]["tolerance"]:g}, which is no rounding. Nothing was written. Are the {len(calibration.files)} '
+        f'images of {calibration.folder} like those of the task? More can be taken (--calibration-images).'
+    )
+
+
 def _add_papers(folder: Path, meta: dict[str, Any], report: dict[str, Any]) -> None:
     if (folder / f'{meta["file"]}.data').is_file():
         meta['data'] = f'{meta["file"]}.data'
     folders.write_json(meta, folder / 'meta.json')
     folders.write_json(report, folder / 'report.json')
     (folder / 'report.md').write_text(to_markdown(report))
-    command = trtexec(meta, profile_of(meta, report)) if meta['file'] == FORMATS['onnx'].file else ''
+    takes = meta['file'] == FORMATS['onnx'].file and 'int8' not in meta  # TensorRT wants symmetric activations
+    command = trtexec(meta, profile_of(meta, report)) if takes else ''
     (folder / 'README.md').write_text(folders.readme(meta, worst(report), command))
     program = Path(__file__).with_name('run.py')
     if program.is_file() and meta['file'] == FORMATS['onnx'].file and meta['task'] != 'features':

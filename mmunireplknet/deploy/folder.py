@@ -125,6 +125,12 @@ The types in the ONNX file are kept (strongly typed): GRN and LayerNorm reduce i
 """
 
 
+INT8 = """
+
+It was then quantized: convolutions and linear layers compute in int8, in ranges from {calibration_images} calibration
+images; GRN, LayerNorm and SE stay in float. report.md says what that costs. `deploy.pth` holds the float weights."""
+
+
 def readme(meta: Mapping[str, Any], worst: float, command: str = '') -> str:
     """README.md of the folder.
 
@@ -144,10 +150,11 @@ def readme(meta: Mapping[str, Any], worst: float, command: str = '') -> str:
         example += TENSORRT.format(command=command)
     if meta['input']['shape'][2] is not None:
         example = example.replace('1, 3, 256, 256', ', '.join(map(str, meta['input']['shape'])))
+    int8 = INT8.format(**meta['int8']) if 'int8' in meta else ''
     return f"""# {Path(meta['config']).stem}: {meta['task']}
 
 Exported by {meta['package']} from `{meta['config']}`, reparameterized. Largest relative difference from the model it
-was made of: {worst:.1e} (report.md).
+was made of: {worst:.1e} (report.md).{int8}
 
 - `{meta['file']}`: the model. Input `input` ({shape}), float32, {meta['input']['channels']}, normalized.{weights}
 - `meta.json`: classes, palette, and how an image becomes the input (sizes are height, width; `scale` is width, height;

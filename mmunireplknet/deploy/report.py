@@ -26,7 +26,15 @@ __all__ = ['make_report', 'parity_shapes', 'plain', 'to_markdown', 'worst']
 
 LARGEST = 640  # pixels of a side: larger maps show nothing new
 WITHOUT_TRAINING = 'The checkpoint is in deploy form, so there is no training form to compare with.'
-PACKAGES = ('torch', 'onnx', 'onnxruntime', 'openvino')
+DETECTIONS = (
+    'Lists of detections are not compared one by one: a score that is rounded past a threshold adds or removes some. '
+    'What counts is the metric.'
+)
+ROUNDING = (
+    'What rounding to 8 bits costs is for the metric to say. A difference above the tolerance is none of rounding: '
+    'values are cut off that the calibration images do not have.'
+)
+PACKAGES = ('torch', 'onnx', 'onnxruntime', 'openvino', 'nncf')
 
 
 def parity_shapes(meta: Mapping[str, Any], image: np.ndarray, batches: bool) -> list[tuple[int, int, int]]:
@@ -174,23 +182,65 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     ]
     for case in report['cases']:
         for pair, outputs in case['differences'].items():
-            for name, d in outputs.items():
-                values = ' | '.join(f'{float(d[key]):.1e}' for key in ('relative', 'maximum', 'mean'))
-                lines.append(f'| {_size(case)} | {pair} | {name} | {values} |')
-    if any('latency_ms' in case for case in report['cases']):
-        versions = ', '.join(f'{name} {value}' for name, value in report['versions'].items())
-        lines += [
-            '',
-            f'Latency in ms, median (quartiles), {report["threads"]} thread(s), measured {report["date"]} on '
-            f'{report["machine"]}; {versions}. Both forms are PyTorch without compilation.',
-            '',
-            f'| input | {" | ".join(report["cases"][0]["latency_ms"])} |',
-            f'|---|{"---|" * len(report["cases"][0]["latency_ms"])}',
-        ]
-        for case in report['cases']:
-            cells = (f'{t["median"]:.1f} ({t["low"]:.1f} to {t["high"]:.1f})' for t in case['latency_ms'].values())
-            lines.append(f'| {_size(case)} | {" | ".join(cells)} |')
-    return '\n'.join(lines) + '\n'
+            lines += [f'| {_size(case)} | {pair} | {name} | {_numbers(d)} |' for name, d in outputs.items()]
+    lines += ['', *_latencies(report, report['cases'], ' Both forms are PyTorch without compilation.')]
+    if 'int8' in report:
+        lines += ['', *_int8_lines(report['int8']), *_latencies(report, report['int8']['cases'], '')]
+    return '\n'.join(lines).rstrip() + '\n'
+
+
+def _int8_lines(found: Mapping[str, Any]) -> list[str]:
+    """What there is to say about the int8 model in the folder."""
+    before, after = (f'{found["bytes"][name] / 1e6:.1f}' for name in ('float', 'int8'))
+    lines = [
+        '## The int8 model, and the float model that it was made of',
+        '',
+        f'{found["layers"]} layers compute in int8, in the ranges that {found["images"]} calibration images gave; the '
+        f'others in float. The files went from {before} to {after} MB.',
+        '',
+        *_int8_metrics(found),
+        '',
+    ]
+    if found['tolerance'] is None:
+        return [*lines, DETECTIONS, '']
+    lines += [
+        f'Difference of int8 - float; tolerance {found["tolerance"]:g} of the relative one. {ROUNDING}',
+        '',
+        '| input | output | relative | max | mean |',
+        '|---|---|---|---|---|',
+    ]
+    for case in found['cases']:
+        lines += [f'| {_size(case)} | {name} | {_numbers(d)} |' for name, d in case['differences'].items()]
+    return [*lines, '']
+
+
+def _int8_metrics(found: Mapping[str, Any]) -> list[str]:
+    if found['without_metrics']:
+        return [f'No metric of both: {found["without_metrics"]}']
+    pairs = [(name, value, found['metrics']['int8'][name]) for name, value in found['metrics']['float'].items()]
+    rows = [f'| {name} | {before:.4g} | {after:.4g} | {after - before:+.3g} |' for name, before, after in pairs]
+    return ["On the config's test data:", '', '| metric | float | int8 | change |', '|---|---|---|---|', *rows]
+
+
+def _latencies(report: Mapping[str, Any], cases: Sequence[Mapping[str, Any]], what: str) -> list[str]:
+    if 'latency_ms' not in cases[0]:
+        return []
+    versions = ', '.join(f'{name} {value}' for name, value in report['versions'].items())
+    lines = [
+        f'Latency in ms, median (quartiles), {report["threads"]} thread(s), measured {report["date"]} on '
+        f'{report["machine"]}; {versions}.{what}',
+        '',
+        f'| input | {" | ".join(cases[0]["latency_ms"])} |',
+        f'|---|{"---|" * len(cases[0]["latency_ms"])}',
+    ]
+    for case in cases:
+        cells = (f'{t["median"]:.1f} ({t["low"]:.1f} to {t["high"]:.1f})' for t in case['latency_ms'].values())
+        lines.append(f'| {_size(case)} | {" | ".join(cells)} |')
+    return lines
+
+
+def _numbers(difference: Mapping[str, Any]) -> str:
+    return ' | '.join(f'{float(difference[key]):.1e}' for key in ('relative', 'maximum', 'mean'))
 
 
 def _size(case: Mapping[str, Any]) -> str:
