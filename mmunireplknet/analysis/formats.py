@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
 from ..deploy.exportable import Exportable, make_exportable
-from ..deploy.formats import Options, check_packages, open_exported, write
+from ..deploy.formats import FORMATS, Options, check_packages, open_exported, write
 from ..deploy.parity import compare
 from ..deploy.pooling import replace_pooling
 from ..models.checkpoint import load_checkpoint
@@ -26,7 +27,7 @@ from ..models.unireplknet import UniRepLKNet
 from .benchmark import Check, Row
 from .peers import Contender, published_form
 
-__all__ = ['EXPORTED', 'format_row', 'peer_forms', 'unireplknet_forms']
+__all__ = ['EXPORTED', 'exported_folders', 'format_row', 'peer_forms', 'unireplknet_forms']
 
 EXPORTED = ('torchscript', 'onnx', 'openvino')
 PUBLISHED = 'published form'
@@ -180,6 +181,23 @@ def _check(exportable: Exportable, forms: dict[str, Contender]) -> None:
                 )
 
 
+def exported_folders(folders: Sequence[Path], image: Tensor, threads: int) -> dict[str, Contender]:
+    """Models that ``tools/export.py`` has written, int8 ones for instance, by the names of their folders.
+
+    Their outputs are not compared: their own reports do that.
+
+    Args:
+        folders: With meta.json.
+        image: (N, 3, H, W), normalized.
+        threads: Of onnxruntime and OpenVINO.
+    """
+    found = {}
+    for folder in folders:
+        run = open_exported(folder / json.loads((folder / 'meta.json').read_text())['file'], threads=threads)
+        found[folder.name] = Contender(partial(run, image.numpy()))
+    return found
+
+
 def peer_forms(
     cfg: Config, image: Tensor, folder: Path, threads: int, formats: Sequence[str], backbone_only: bool
 ) -> dict[str, Contender]:
@@ -210,5 +228,5 @@ def format_row(
     checks = [Check('speed-up', (PUBLISHED,), ours=form) for form in eager]
     checks += [Check('speed-up', (PUBLISHED,), quickest.get(form), ours=form) for form in formats]
     if peer:
-        checks += [Check('time', (PEER + form,), TARGETS.get(form), ours=form) for form in formats]
+        checks += [Check('time', (PEER + form,), TARGETS.get(form), ours=form) for form in formats if form in FORMATS]
     return Row(name, contenders, tuple(checks), seconds=40)

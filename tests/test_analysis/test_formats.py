@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmunireplknet.analysis.benchmark import measure
-from mmunireplknet.analysis.formats import format_row, peer_forms, unireplknet_forms
+from mmunireplknet.analysis.formats import exported_folders, format_row, peer_forms, unireplknet_forms
 
 from ..procedural import image
 from ..test_deploy.cases import build, checkpoint, classifier_config, segmentor_config
@@ -27,6 +27,16 @@ def test_every_form_of_a_model_is_timed(tmp_path):
     assert not result.void
     own = ['published form', 'training form', 'deploy form', 'torchscript']
     assert list(result.timings) == [*own, 'peer: eager', 'peer: torchscript']
+
+
+def test_exported_folders_are_timed_by_name(tmp_path):
+    (folder := tmp_path / 'mine').mkdir()
+    torch.jit.save(torch.jit.trace(torch.nn.Identity(), image((1, 3, 8, 8))), folder / 'model.torchscript.pt')
+    (folder / 'meta.json').write_text('{"file": "model.torchscript.pt"}')
+    found = exported_folders([folder], image((1, 3, 8, 8)), 1)
+    row = format_row('m', lambda: {'published form': found['mine'], **found}, ['mine'], peer=True, compiled=False)
+    assert {check.ours for check in row.checks} == {'deploy form', 'mine'}
+    assert found['mine'].run()[0].shape == (3, 8, 8)
 
 
 def test_backbones_return_maps(tmp_path):

@@ -24,7 +24,7 @@ import torch
 
 from mmunireplknet.analysis.benchmark import run
 from mmunireplknet.analysis.benchmark_report import draw, markdown, write_json
-from mmunireplknet.analysis.formats import EXPORTED, format_row, peer_forms, unireplknet_forms
+from mmunireplknet.analysis.formats import EXPORTED, exported_folders, format_row, peer_forms, unireplknet_forms
 from mmunireplknet.analysis.peers import Contender
 from mmunireplknet.deploy.exportable import ExportError
 from mmunireplknet.deploy.formats import FORMATS
@@ -40,6 +40,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--backbone-only', action='store_true', help='time the backbones')
     parser.add_argument('--shape', nargs=3, type=int, default=[1, 512, 512], metavar=('N', 'H', 'W'))
     parser.add_argument('--formats', nargs='+', choices=list(FORMATS), default=list(EXPORTED))
+    parser.add_argument(
+        '--exported', nargs='+', type=Path, default=[], metavar='FOLDER', help='time what tools/export.py wrote as well'
+    )
     parser.add_argument('--no-compile', action='store_true', help='leave torch.compile out')
     parser.add_argument('--threads', type=int, default=2, help='default: %(default)s')
     parser.add_argument('--rounds', type=int, help='default: as many as fit into 40 s')
@@ -68,12 +71,14 @@ def main() -> None:
         )
 
         def contenders() -> dict[str, Contender]:
-            return own() if peer is None else own() | peer_forms(peer, image, place / 'peer', **shared)
+            forms = own() | exported_folders(args.exported, image, args.threads)
+            return forms if peer is None else forms | peer_forms(peer, image, place / 'peer', **shared)
 
+        formats = [*args.formats, *(folder.name for folder in args.exported)]
         what = (
             f'{Path(args.config).stem}{", backbone" if args.backbone_only else ""}, {"x".join(map(str, image.shape))}'
         )
-        row = format_row(what, contenders, args.formats, peer is not None, not args.no_compile)
+        row = format_row(what, contenders, formats, peer is not None, not args.no_compile)
         report = run([row], args.threads, args.rounds, progress)
     report.environment['date'] = f'{datetime.date.today()}, in {(time.monotonic() - start) / 60:.1f} min'
     report.environment['command'] = f'`python {shlex.join(sys.argv)}`'
