@@ -223,7 +223,7 @@ def format_row(
         peer: Whether there is one.
         compiled: Whether torch.compile takes part.
     """
-    quickest = {'onnx': 2.0, 'openvino': 2.0}
+    quickest = {'openvino': 2.0}
     eager = ['deploy form', *(['torch.compile'] if compiled else [])]
     checks = [Check('speed-up', (PUBLISHED,), ours=form) for form in eager]
     checks += [Check('speed-up', (PUBLISHED,), quickest.get(form), ours=form) for form in formats]

@@ -22,6 +22,7 @@ from ..models.unireplknet import UniRepLKNet
 from .exportable import Exportable, ExportError
 from .onnx_file import OPSET, failure, write_onnx
 from .parity import TOLERANCES, compare
+from .pointwise import with_reductions
 
 __all__ = ['FORMATS', 'Format', 'Options', 'Run', 'check_packages', 'format_of', 'open_exported', 'write']
 
@@ -121,7 +122,7 @@ def _write_openvino(exportable: Exportable, image: Tensor, file: Path, options: 
     import openvino
 
     graph = file.with_name(FORMATS['onnx'].file)  # left there to look for differences in
-    write_onnx(exportable, image, graph, options.dynamic, options.opset, options.exporter)
+    write_onnx(with_reductions(exportable), image, graph, options.dynamic, options.opset, options.exporter)
     model = openvino.convert_model(graph)
     openvino.save_model(model, file, compress_to_fp16=options.half)
 

@@ -1,7 +1,8 @@
-"""The linear layers of UniRepLKNet's blocks as 1x1 convolutions, for the runtimes that read ONNX.
+"""The layers of UniRepLKNet that transpose their maps, written without, for the runtimes that read ONNX.
 
-A block computes its MLP on (N, H, W, C) maps, between two transpositions. Written as 1x1 convolutions, it stays in the
-layout that the runtime has chosen for the depthwise convolution: docs/deployment.md has the figures.
+A block computes its MLP on (N, H, W, C) maps, between two transpositions, and so does LayerNorm. As 1x1 convolutions
+and reductions over the channels they stay in the layout that the runtime has chosen for the depthwise convolutions:
+docs/deployment.md has the figures.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..models.block import UniRepLKNetBlock
-from ..models.layers import GRN
+from ..models.layers import GRN, LayerNorm2d
 
-__all__ = ['ChannelsFirstGRN', 'with_convolutions']
+__all__ = ['ChannelsFirstGRN', 'ChannelsFirstLayerNorm', 'with_convolutions', 'with_reductions']
 
 Module = TypeVar('Module', bound=nn.Module)
 
@@ -39,6 +40,25 @@ class ChannelsFirstGRN(nn.Module):
         return x * scale.to(x.dtype)
 
 
+class ChannelsFirstLayerNorm(nn.Module):
+    """``LayerNorm2d`` by reductions over the channels, with its parameters.
+
+    Args:
+        norm: The layer.
+    """
+
+    def __init__(self, norm: LayerNorm2d) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``x`` (N, C, H, W); the statistics are taken in float32 at least."""
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = y - y.mean(1, keepdim=True)
+        y = y / torch.sqrt((y * y).mean(1, keepdim=True) + self.eps)
+        return (y * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(x.dtype)
+
+
 def _convolution(linear: nn.Linear) -> nn.Conv2d:
     conv = nn.Conv2d(linear.in_features, linear.out_features, 1, device='meta')
     conv.weight = nn.Parameter(linear.weight[:, :, None, None], linear.weight.requires_grad)
@@ -58,3 +78,16 @@ def with_convolutions(model: Module) -> Module:
             block.pwconv2 = nn.Sequential(_convolution(cast(nn.Linear, block.pwconv2[0])), nn.Identity())
             block.fused = False
     return model.eval()
+
+
+def with_reductions(model: Module) -> Module:
+    """A copy of ``model`` with ``ChannelsFirstLayerNorm``: for OpenVINO, which fuses what it is made of.
+
+    onnxruntime does not; it computes LayerNormalization faster, transpositions included.
+    """
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, LayerNorm2d):
+                setattr(parent, name, ChannelsFirstLayerNorm(child).eval())
+    return model

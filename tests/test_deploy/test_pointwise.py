@@ -6,7 +6,7 @@ from torch import nn
 
 from mmunireplknet.deploy.exportable import make_exportable
 from mmunireplknet.deploy.onnx_file import write_onnx
-from mmunireplknet.deploy.pointwise import with_convolutions
+from mmunireplknet.deploy.pointwise import ChannelsFirstLayerNorm, with_convolutions, with_reductions
 from mmunireplknet.models.block import UniRepLKNetBlock
 
 from ..procedural import image
@@ -29,6 +29,20 @@ def test_the_blocks_compute_the_same_with_convolutions(exportable):
         torch.testing.assert_close(converted(x), exportable(x), rtol=1e-5, atol=1e-5)
     assert before.keys() == exportable.state_dict().keys() == converted.state_dict().keys()
     assert all(torch.equal(before[k], v) for k, v in exportable.state_dict().items()), 'it is a copy'
+
+
+def test_layer_norm_by_reductions_computes_the_same(exportable):
+    x = image((2, 3, 64, 96))
+    converted = with_reductions(exportable)
+    assert not any(isinstance(m, nn.LayerNorm) for m in converted.modules())
+    assert any(isinstance(m, nn.LayerNorm) for m in exportable.modules()), 'it is a copy'
+    assert converted.state_dict().keys() == exportable.state_dict().keys()
+    with torch.no_grad():
+        torch.testing.assert_close(converted(x), exportable(x), rtol=1e-5, atol=1e-5)
+    norm = next(m for m in converted.half().modules() if isinstance(m, ChannelsFirstLayerNorm))
+    x = torch.full((1, norm.weight.numel(), 2, 2), 1e4, dtype=torch.float16)
+    x[:, ::2] = -1e4  # the square of a deviation is no float16
+    assert torch.isfinite(norm(x)).all()
 
 
 def test_norms_are_taken_in_float32(exportable):
