@@ -44,6 +44,9 @@ def parse_args() -> argparse.Namespace:
         '--exported', nargs='+', type=Path, default=[], metavar='FOLDER', help='time what tools/export.py wrote as well'
     )
     parser.add_argument('--no-compile', action='store_true', help='leave torch.compile out')
+    parser.add_argument(
+        '--targets', action='store_true', help='hold it against what is required of the backbone T beside ConvNeXt-T'
+    )
     parser.add_argument('--threads', type=int, default=2, help='default: %(default)s')
     parser.add_argument('--rounds', type=int, help='default: as many as fit into 40 s')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/benchmark_formats'), help='default: %(default)s')
@@ -78,7 +81,7 @@ def main() -> None:
         what = (
             f'{Path(args.config).stem}{", backbone" if args.backbone_only else ""}, {"x".join(map(str, image.shape))}'
         )
-        row = format_row(what, contenders, formats, peer is not None, not args.no_compile)
+        row = format_row(what, contenders, formats, peer is not None, not args.no_compile, args.targets)
         report = run([row], args.threads, args.rounds, progress)
     report.environment['date'] = f'{datetime.date.today()}, in {(time.monotonic() - start) / 60:.1f} min'
     report.environment['command'] = f'`python {shlex.join(sys.argv)}`'
