@@ -37,6 +37,7 @@ FLAGS = ('-std=c++17', '-O2', '-fPIC', '-ffp-contract=fast', '-fvisibility=hidde
 NVCC_FLAGS = ('-std=c++17', '-O3', '-w', '-Xcompiler=-fPIC,-fvisibility=hidden')
 # The oldest torch whose stable ABI has all that is used: 2.10.
 TORCH_TARGET = '-DTORCH_TARGET_VERSION=0x020a000000000000'
+CUDA_FOLDER = Path('/usr/local/cuda')  # of CUDA's own installer, which leaves it to the user to put it into PATH
 # A100, H100, and whatever comes after them by way of PTX. What is built for 8.0 runs on 8.6 and 8.9 too.
 ARCHITECTURES = '8.0;9.0+PTX'
 OLDEST = 8
@@ -87,15 +88,16 @@ def compiler() -> list[str]:
 
 
 def nvcc() -> str:
-    """CUDA's compiler: of ``CUDA_HOME``, of ``PATH``, or of the package nvidia-cuda-nvcc; empty for none."""
-    home = os.environ.get('CUDA_HOME')
+    """CUDA's compiler: of ``CUDA_HOME``, ``PATH``, the package nvidia-cuda-nvcc, or CUDA's own folder; '' for none."""
+    home = os.environ.get('CUDA_HOME') or os.environ.get('CUDA_PATH')
     if home and Path(home, 'bin', 'nvcc').exists():
         return str(Path(home, 'bin', 'nvcc'))
     if found := shutil.which('nvcc'):
         return found
     spec = importlib.util.find_spec('nvidia')
     folders = [] if spec is None else spec.submodule_search_locations or []
-    return max((str(f) for folder in folders for f in Path(folder).glob('cu[0-9]*/bin/nvcc')), default='')
+    files = [f for folder in folders for f in Path(folder).glob('cu[0-9]*/bin/nvcc')] or [CUDA_FOLDER / 'bin' / 'nvcc']
+    return max((str(f) for f in files if f.exists()), default='')
 
 
 def architectures() -> list[str]:

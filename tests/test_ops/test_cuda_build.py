@@ -85,13 +85,18 @@ def test_places_of_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv('CUDA_HOME', str(tmp_path / 'nowhere'))
     monkeypatch.setenv('PATH', str(tmp_path / 'path'))
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(build, 'CUDA_FOLDER', tmp_path / 'cuda')
     assert build.nvcc() == ''
     monkeypatch.setattr(
         importlib.util, 'find_spec', lambda name: SimpleNamespace(submodule_search_locations=[tmp_path / name])
     )
     assert build.nvcc() == ''
-    for folder in ('nvidia/cu13/bin', 'path', 'home/bin'):
+    monkeypatch.delenv('CUDA_PATH', raising=False)
+    for folder in ('cuda/bin', 'nvidia/cu13/bin', 'path', 'elsewhere/bin', 'home/bin'):
         file = program(tmp_path / folder / 'nvcc', '')
+        if folder == 'elsewhere/bin':
+            monkeypatch.delenv('CUDA_HOME')
+            monkeypatch.setenv('CUDA_PATH', str(tmp_path / 'elsewhere'))
         if folder == 'home/bin':
             monkeypatch.setenv('CUDA_HOME', str(tmp_path / 'home'))
         assert build.nvcc() == str(file)
