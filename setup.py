@@ -2,7 +2,8 @@
 
 The kernels are optional. The environment variable ``MMUNI_WITH_OPS`` says whether they are compiled: ``auto`` where
 it can be done (the default; otherwise the package is pure Python), ``1`` or the build fails, ``0`` not at all. Those
-for CUDA are compiled where nvcc and a torch for CUDA are, for the GPUs that ``TORCH_CUDA_ARCH_LIST`` names.
+for CUDA are compiled where nvcc and a torch for CUDA are, for the GPUs that ``TORCH_CUDA_ARCH_LIST`` names; ``cpu`` is
+``auto`` without them.
 """
 
 from __future__ import annotations
@@ -79,10 +80,10 @@ def link_mim(target: Path) -> None:
 
 
 def with_ops() -> str:
-    """What ``MMUNI_WITH_OPS`` asks for: 'auto', '0' or '1'."""
+    """What ``MMUNI_WITH_OPS`` asks for: 'auto', 'cpu', '0' or '1'."""
     wish = os.environ.get('MMUNI_WITH_OPS') or 'auto'
-    if wish not in ('auto', '0', '1'):
-        raise OptionError(f'MMUNI_WITH_OPS={wish} is unknown: it must be 0, 1 or auto.')
+    if wish not in ('auto', 'cpu', '0', '1'):
+        raise OptionError(f'MMUNI_WITH_OPS={wish} is unknown: it must be 0, 1, cpu or auto.')
     return wish
 
 
@@ -111,18 +112,18 @@ class BuildPyWithMimAndOps(build_py):
         else:
             copy_mim(root / MIM)
         if wish != '0':
-            self.compile_ops(root / OPS, required=wish == '1')
+            self.compile_ops(root / OPS, wish)
 
-    def compile_ops(self, folder: Path, required: bool) -> None:
+    def compile_ops(self, folder: Path, wish: str) -> None:
         """Compile the kernels in ``folder``, whose own files give the library the name it is looked for by."""
         # By its path: importing the package needs mmengine. runpy leaves no __pycache__ that a wheel would pick up.
         ops = runpy.run_path(str(folder / 'build.py'))
-        for kind in ops['KINDS']:
+        for kind in ('cpu',) if wish == 'cpu' else ops['KINDS']:
             # Those for CUDA are required of nobody who has no nvcc, or no torch for CUDA.
             if kind == 'cuda' and (reason := ops['why_not'](kind)):
                 self.announce(f'goes without the CUDA kernels: {reason}', level=logging.INFO)
             elif not (self.editable_mode and (folder / ops['library_name'](kind)).exists()):
-                self.compile_library(ops, folder, kind, required)
+                self.compile_library(ops, folder, kind, required=wish == '1')
 
     def compile_library(self, ops: dict, folder: Path, kind: str, required: bool) -> None:
         """Compile one of the libraries."""

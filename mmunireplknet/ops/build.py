@@ -37,8 +37,19 @@ FLAGS = ('-std=c++17', '-O2', '-fPIC', '-ffp-contract=fast', '-fvisibility=hidde
 NVCC_FLAGS = ('-std=c++17', '-O3', '-w', '-Xcompiler=-fPIC,-fvisibility=hidden')
 # The oldest torch whose stable ABI has all that is used: 2.10.
 TORCH_TARGET = '-DTORCH_TARGET_VERSION=0x020a000000000000'
+CUDA_FOLDER = Path('/usr/local/cuda')  # of CUDA's own installer, which leaves it to the user to put it into PATH
 # A100, H100, and whatever comes after them by way of PTX. What is built for 8.0 runs on 8.6 and 8.9 too.
 ARCHITECTURES = '8.0;9.0+PTX'
+OLDEST = 8
+# Names of generations that TORCH_CUDA_ARCH_LIST may have instead, as torch reads them.
+GENERATIONS = {
+    'Volta': '7.0+PTX',
+    'Turing': '7.5+PTX',
+    'Ampere': '8.0;8.6+PTX',
+    'Ada': '8.9+PTX',
+    'Hopper': '9.0+PTX',
+    'Blackwell': '10.0;10.3;12.0;12.1+PTX',
+}
 
 
 @functools.cache
@@ -58,8 +69,14 @@ def cache_folder() -> Path:
 
 def library_file(kind: str = 'cpu') -> Path | None:
     """The library that fits the sources, or None where it has not been built."""
-    name = library_name(kind)
-    return next((f for f in (HERE / name, cache_folder() / name) if f.exists()), None)
+    for folder in (lambda: HERE, cache_folder):
+        try:
+            file = folder() / library_name(kind)
+            if file.exists():
+                return file
+        except (OSError, RuntimeError):  # a user without a home, or whose home may not be read; no sources
+            continue
+    return None
 
 
 def compiler() -> list[str]:
@@ -71,36 +88,41 @@ def compiler() -> list[str]:
 
 
 def nvcc() -> str:
-    """CUDA's compiler: of ``CUDA_HOME``, of ``PATH``, or of the package nvidia-cuda-nvcc; empty for none."""
-    home = os.environ.get('CUDA_HOME')
+    """CUDA's compiler: of ``CUDA_HOME``, ``PATH``, the package nvidia-cuda-nvcc, or CUDA's own folder; '' for none."""
+    home = os.environ.get('CUDA_HOME') or os.environ.get('CUDA_PATH')
     if home and Path(home, 'bin', 'nvcc').exists():
         return str(Path(home, 'bin', 'nvcc'))
     if found := shutil.which('nvcc'):
         return found
     spec = importlib.util.find_spec('nvidia')
     folders = [] if spec is None else spec.submodule_search_locations or []
-    return max((str(f) for folder in folders for f in Path(folder).glob('cu[0-9]*/bin/nvcc')), default='')
+    files = [f for folder in folders for f in Path(folder).glob('cu[0-9]*/bin/nvcc')] or [CUDA_FOLDER / 'bin' / 'nvcc']
+    return max((str(f) for f in files if f.exists()), default='')
 
 
 def architectures() -> list[str]:
     """What nvcc is to make machine code for, from ``TORCH_CUDA_ARCH_LIST`` as torch has it.
 
     Raises:
-        RuntimeError: It names something else, or GPUs that are too old.
+        RuntimeError: It names something else, or only GPUs that are too old.
     """
     wish = os.environ.get('TORCH_CUDA_ARCH_LIST') or ARCHITECTURES
+    if wish.strip() == 'native':
+        return ['-arch=native']
     flags = []
-    for name in re.split(r'[;,\s]+', wish.strip()):
+    for name in re.split(r'[;,\s]+', re.sub(r'[A-Z][a-z]+', lambda word: GENERATIONS.get(word[0], word[0]), wish)):
         found = re.fullmatch(r'(\d+)\.(\d[af]?)(\+PTX)?', name)
-        if found is None:
+        if found is None and name:
             raise RuntimeError(
                 f'TORCH_CUDA_ARCH_LIST={wish}: {name!r} is no architecture; write it as {ARCHITECTURES}.'
             )
-        if int(found[1]) < 8:
-            raise RuntimeError(f'TORCH_CUDA_ARCH_LIST={wish}: the CUDA kernels take 8.0 (Ampere) and newer.')
+        if found is None or int(found[1]) < OLDEST:  # it may be a list for everything in a container
+            continue
         number = found[1] + found[2]
         for code in ('sm', 'compute') if found[3] else ('sm',):
             flags.append(f'-gencode=arch=compute_{number},code={code}_{number}')
+    if not flags:
+        raise RuntimeError(f'TORCH_CUDA_ARCH_LIST={wish}: the CUDA kernels take {OLDEST}.0 (Ampere) and newer.')
     return flags
 
 

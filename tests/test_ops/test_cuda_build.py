@@ -85,13 +85,18 @@ def test_places_of_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv('CUDA_HOME', str(tmp_path / 'nowhere'))
     monkeypatch.setenv('PATH', str(tmp_path / 'path'))
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(build, 'CUDA_FOLDER', tmp_path / 'cuda')
     assert build.nvcc() == ''
     monkeypatch.setattr(
         importlib.util, 'find_spec', lambda name: SimpleNamespace(submodule_search_locations=[tmp_path / name])
     )
     assert build.nvcc() == ''
-    for folder in ('nvidia/cu13/bin', 'path', 'home/bin'):
+    monkeypatch.delenv('CUDA_PATH', raising=False)
+    for folder in ('cuda/bin', 'nvidia/cu13/bin', 'path', 'elsewhere/bin', 'home/bin'):
         file = program(tmp_path / folder / 'nvcc', '')
+        if folder == 'elsewhere/bin':
+            monkeypatch.delenv('CUDA_HOME')
+            monkeypatch.setenv('CUDA_PATH', str(tmp_path / 'elsewhere'))
         if folder == 'home/bin':
             monkeypatch.setenv('CUDA_HOME', str(tmp_path / 'home'))
         assert build.nvcc() == str(file)
@@ -104,6 +109,9 @@ def test_places_of_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         ('9.0', ['90,code=sm_90']),
         ('8.6;12.0+PTX', ['86,code=sm_86', '120,code=sm_120', '120,code=compute_120']),
         ('8.0 9.0a', ['80,code=sm_80', '90a,code=sm_90a']),
+        ('7.5;8.0;', ['80,code=sm_80']),
+        ('7.0 7.5 8.0 8.6 9.0+PTX', ['80,code=sm_80', '86,code=sm_86', '90,code=sm_90', '90,code=compute_90']),
+        ('Turing;Ampere;9.0', ['80,code=sm_80', '86,code=sm_86', '86,code=compute_86', '90,code=sm_90']),
     ],
 )
 def test_architectures(wish: str, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,11 +119,16 @@ def test_architectures(wish: str, expected: list[str], monkeypatch: pytest.Monke
     assert build.architectures() == [f'-gencode=arch=compute_{flag}' for flag in expected]
 
 
+def test_the_architecture_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('TORCH_CUDA_ARCH_LIST', 'native')
+    assert build.architectures() == ['-arch=native']
+
+
 @pytest.mark.parametrize(
     ('wish', 'reason'),
     [
-        ('Hopper', "'Hopper' is no architecture; write it as 8.0;9.0+PTX"),
-        ('7.5;8.0', 'take 8.0 (Ampere) and newer'),
+        ('Rubin', "'Rubin' is no architecture; write it as 8.0;9.0+PTX"),
+        ('7.0;Turing', 'take 8.0 (Ampere) and newer'),
         ('90', "'90'"),
     ],
 )
@@ -213,6 +226,23 @@ def test_names_follow_their_own_sources(package: Path, monkeypatch: pytest.Monke
     assert build.library_file('cuda') is None
     second = build.build(kind='cuda')
     assert files_in(package) == sorted([first[0].name, second.name])
+
+
+def test_caches_that_cannot_be_looked_into(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold no library: names that are too long, a user without a home, as in containers."""
+    monkeypatch.setenv('XDG_CACHE_HOME', 'x' * 300)
+    assert [build.library_file(kind) for kind in build.KINDS] == [None, None]
+    monkeypatch.delenv('XDG_CACHE_HOME')
+    monkeypatch.setattr(Path, 'home', homeless)
+    assert [build.library_file(kind) for kind in build.KINDS] == [None, None]
+    built = build.build(kind='cpu')
+    assert build.library_file('cpu') == built
+    shutil.rmtree(build.CUDA_SOURCES)
+    assert build.library_file('cuda') is None
+
+
+def homeless() -> Path:
+    raise RuntimeError('Could not determine home directory.')
 
 
 def test_message_of_nvcc(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,17 @@ def test_tensor_cores_do_not_see_the_last_bits_in_tf32(machine: ctypes.CDLL) -> 
     assert set(d.ravel()) == {8.0}
 
 
+@pytest.mark.parametrize('sign', [1, -1])
+def test_tensor_cores_cut_sums_off(machine: ctypes.CDLL, sign: int) -> None:
+    """1 + 1.5 * 2**-24 is not rounded to the nearest, which is 1 + 2**-23; what is exact stays so."""
+    for small, expected in ((1.5 * 2**-24, 1), (2**-23, 1 + 2**-23)):
+        a, b = np.zeros((32, 4), np.float32), np.ones((32, 2), np.float32)
+        a[IN_GROUP == 0, :2], a[IN_GROUP == 1, :2] = sign, sign * small
+        d = np.zeros((32, 4), np.float32)
+        assert machine.product(2, pointer(a), pointer(b), pointer(d)) == b''
+        assert set(d.ravel()) == {np.float32(sign * expected)}
+
+
 @pytest.mark.parametrize('transposed', [False, True])
 def test_matrices_are_spread_as_documented(machine: ctypes.CDLL, transposed: bool) -> None:
     """Lane l gets row l / 4, elements 2 (l % 4) and the next; lanes 8 i to 8 i + 7 name the rows of matrix i."""

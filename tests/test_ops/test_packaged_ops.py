@@ -129,7 +129,7 @@ def test_source_archive_has_the_sources_of_the_kernels_and_nothing_built(source:
 def test_unknown_wish_names_the_allowed_ones(source: Path, tmp_path: Path) -> None:
     made, printed = wheels(source, tmp_path, MMUNI_WITH_OPS='yes')
     assert made == {}
-    assert 'error: MMUNI_WITH_OPS=yes is unknown: it must be 0, 1 or auto.' in printed.splitlines()
+    assert 'error: MMUNI_WITH_OPS=yes is unknown: it must be 0, 1, cpu or auto.' in printed.splitlines()
 
 
 def test_required_kernels_without_a_compiler_stop_the_build(source: Path, tmp_path: Path) -> None:
@@ -190,6 +190,27 @@ def test_wheel_holds_the_cuda_kernels_where_there_is_nvcc(stub: Path, tmp_path: 
     ((_, files),) = made.items()
     libraries = sorted(Path(name).name.partition('-')[0] for name in built(files))
     assert libraries == ['mmuni_cpu', 'mmuni_cuda']
+
+
+@compiles
+@pytest.mark.slow
+def test_those_for_the_cpu_alone(
+    stub: Path, tmp_path: Path, make_env: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has to wait for nvcc: neither a wheel nor make env."""
+    never = with_nvcc(stub, tmp_path, 'touch "$0.asked"; exit 2')
+    made, _ = wheels(stub, tmp_path / 'out', MMUNI_WITH_OPS='cpu', **never)
+    ((_, files),) = made.items()
+    assert [Path(name).name.partition('-')[0] for name in built(files)] == ['mmuni_cpu']
+    for name, value in (*never.items(), ('MMUNI_WITH_OPS', 'cpu')):
+        monkeypatch.setenv(name, value)
+    make_env.build_ops(sys.executable)
+    (library,) = (stub / OPS).glob(f'mmuni_cpu-*-{platform.machine()}.so')
+    assert not (tmp_path / 'home/bin/nvcc.asked').exists()
+    monkeypatch.delenv('MMUNI_WITH_OPS')
+    library.unlink()
+    make_env.build_ops(sys.executable)
+    assert (tmp_path / 'home/bin/nvcc.asked').exists()
 
 
 @compiles

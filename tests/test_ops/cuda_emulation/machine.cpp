@@ -12,6 +12,7 @@
 
 #include "device.h"
 #include "machine.h"
+#include "tensor_core.h"
 
 Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -291,9 +292,8 @@ void multiply_fragments(const char* name, Product& mine, int depth, const PlaceA
     for (int lane = 0; lane < LANES; ++lane)
       for (int i = 0; i < 4; ++i) {
         const int row = (lane >> 2) + (i < 2 ? 0 : 8), column = lane % 4 * 2 + (i & 1);
-        double sum = static_cast<Product*>(operands[lane])->d[i];
-        for (int k = 0; k < depth; ++k) sum += static_cast<double>(a[row][k]) * b[k][column];
-        static_cast<Product*>(operands[lane])->d[i] = static_cast<float>(sum);
+        float& d = static_cast<Product*>(operands[lane])->d[i];
+        for (int k = 0; k < depth; k += 8) d = add_products(d, a[row] + k, b + k, column);
       }
   });
 }

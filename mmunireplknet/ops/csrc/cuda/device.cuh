@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "job.h"
+
 namespace mmuni {
 
 // Storage of the 16-bit types.
@@ -190,7 +192,11 @@ __device__ __forceinline__ uint32_t pack<BFloat>(float first, float second) {
 
 using Stream = cudaStream_t;
 
-inline const char* what(cudaError_t error) { return error == cudaSuccess ? "" : cudaGetErrorString(error); }
+inline const char* what(cudaError_t error) {
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();  // or the next launch would report it once more, as its own
+  return cudaGetErrorString(error);
+}
 
 // Multiprocessors of the current device, 0 where there is none.
 inline int multiprocessors() {
@@ -203,7 +209,8 @@ inline int multiprocessors() {
 template <typename Job>
 const char* launch(void (*kernel)(Job), const Job& job, int64_t blocks, int threads, int shared, Stream stream) {
   if (shared > 48 * 1024) {
-    const char* error = what(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    // Always the same: other threads launch the kernel with other sizes, maybe between this line and the next.
+    const char* error = what(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, MOST_SHARED));
     if (*error) return error;
   }
   kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(job);
