@@ -335,7 +335,7 @@ def compute_block(
 
 def _with_block(backend: str, x: Tensor, kernel: int) -> list[str]:
     """Backends that may have kernels for the block."""
-    if not _is_auto(backend) or not is_on_gpu(x):
+    if not is_on_gpu(x) or not _is_auto(backend):
         return [choose(backend, x, kernel)]
     if x.dtype == torch.float64:
         return []
