@@ -88,6 +88,9 @@ def _why_not_cpp() -> str:
 
 
 def _why_not_on_gpu(backend: str, device: torch.device | None) -> str:
+    known = _checked.get((backend, device.index)) if device is not None and device.index is not None else None
+    if known is not None:  # asked at every convolution
+        return known
     if reason := _why_not_installed(backend) or _why_no_gpu(backend) or _why_not_loaded(backend):
         return reason
     if _is_interpreted(backend):
@@ -152,14 +155,18 @@ def module_of(backend: str) -> Any:
     return cpp if backend == 'cpp' else reference
 
 
-def require(backend: str) -> None:
+def require(backend: str, device: torch.device | None = None) -> None:
     """Check that ``backend`` works here.
+
+    Args:
+        backend: One of ``BACKENDS``.
+        device: See ``why_not``.
 
     Raises:
         RuntimeError: It does not, with the reason.
         ValueError: There is no such backend.
     """
-    if reason := why_not(backend):
+    if reason := why_not(backend, device):
         raise RuntimeError(f'backend {backend!r} of depthwise_conv2d cannot be used: {reason}')
 
 
@@ -194,7 +201,7 @@ def choose(
         if is_on_gpu(x):
             return _choose_on_gpu(x, kernel, dilation, function, do)
         return 'cpp' if suits_cpp(x) and not _torch_is_faster(x, kernel) else 'torch'
-    require(backend)
+    require(backend, x.device if x.device.type == 'cuda' else None)
     if backend == 'torch':
         return backend
     device = 'cpu' if backend == 'cpp' or _is_interpreted(backend) else 'cuda'
@@ -312,11 +319,11 @@ def compute_block(
         module = module_of(candidate)
         if not hasattr(module, name) or module.block_supports(x, kernel, dilation):
             continue
+        if candidate not in ON_GPU or not _is_auto(backend):
+            return getattr(module, name)(*arguments)
         kind = fastest.kind_of(name, x, max(kernel), len(kernel))
         if fastest.is_failed(kind, candidate):
             continue
-        if candidate not in ON_GPU or not _is_auto(backend):
-            return getattr(module, name)(*arguments)
         try:
             return getattr(module, name)(*arguments)
         except Exception as error:  # as in `_check_on_gpu`
@@ -328,7 +335,7 @@ def compute_block(
 
 def _with_block(backend: str, x: Tensor, kernel: int) -> list[str]:
     """Backends that may have kernels for the block."""
-    if not _is_auto(backend) or not is_on_gpu(x):
+    if not is_on_gpu(x) or not _is_auto(backend):
         return [choose(backend, x, kernel)]
     if x.dtype == torch.float64:
         return []

@@ -112,7 +112,7 @@ def find(kind: Kind, candidates: Mapping[str, Candidate], device: torch.device) 
             try:
                 times[name] = _milliseconds(candidate, device)
             except Exception as error:  # a compiler's, a driver's, out of memory: torch may still do it
-                errors[name] = error
+                errors[name] = error.with_traceback(None)  # whose frames would keep the tensors of the candidate
         if not times:
             raise list(errors.values())[-1]
         _taken[kind] = min(times, key=times.__getitem__)

@@ -53,8 +53,9 @@ def weight_grad(x: Tensor, grad: Tensor, kernel: int, dilation: int) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     if x.device.type != 'cpu' or kernel == 3:
         weight = x.new_zeros(c, 1, kernel, kernel)
-        layout = torch.channels_last if x.device.type == 'cpu' else torch.preserve_format
-        values, grad = (t.to(_compute_dtype(x)).contiguous(memory_format=layout) for t in (x, grad.to(x.dtype)))
+        values, grad = (t.to(_compute_dtype(x)) for t in (x, grad.to(x.dtype)))
+        if x.device.type == 'cpu':
+            values, grad = (t.contiguous(memory_format=torch.channels_last) for t in (values, grad))
         return _backward(grad, values, weight.to(values.dtype), dilation, 1).to(dtype)
     padded = F.pad(x.to(dtype).reshape(1, n * c, h, w), [dilation * (kernel // 2)] * 4)
     maps = F.conv2d(padded, grad.to(dtype).reshape(n * c, 1, h, w), stride=dilation, groups=n * c)

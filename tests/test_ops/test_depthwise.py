@@ -10,7 +10,7 @@ import torch
 from mmcv.cnn import ConvModule
 from torch import Tensor, nn
 
-from mmunireplknet.ops import DepthwiseConv2d, depthwise_conv2d
+from mmunireplknet.ops import DepthwiseConv2d, depthwise_conv2d, reference
 
 from ..procedural import image, randomise, relative_error
 from .cases import (
@@ -240,6 +240,18 @@ MAP, WEIGHT = torch.zeros(2, 6, 8, 9), torch.zeros(6, 1, 5, 5)
 def test_wrong_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         depthwise_conv2d(x, weight, bias, dilation)
+
+
+@pytest.mark.parametrize('grad_layout', GRAD_LAYOUTS)
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_torch_takes_every_layout_off_the_cpu(layout: str, grad_layout: str) -> None:
+    """On meta tensors, which go the way of those on a GPU."""
+    x, grad = LAYOUTS[layout](MAP.to('meta')), GRAD_LAYOUTS[grad_layout](MAP.to('meta'))
+    for kernel in (3, 5):
+        weight = WEIGHT[..., :kernel, :kernel].to('meta')
+        assert reference.forward(x, weight, None, 1).stride() == torch.empty_like(x).stride()
+        assert reference.forward(grad, weight, None, 1, True).stride() == torch.empty_like(grad).stride()
+        assert reference.weight_grad(x, grad, kernel, 1).shape == weight.shape
 
 
 def test_module_is_a_conv2d(backend: str) -> None:

@@ -1,7 +1,10 @@
 """What ``auto`` takes on a GPU, on one that is made of the CPU."""
 
+import functools
+import gc
 import json
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from .fake_gpu import FakeGPU, fake_gpu
 
 X, WEIGHT = image((2, 6, 20, 21)), image((6, 1, 13, 13), 1)
 OPS = torch.ops.mmuni
+CPU = torch.device('cpu')
 
 
 @pytest.fixture
@@ -167,6 +171,27 @@ def test_one_that_fails_is_left_out_with_one_warning(gpu: FakeGPU) -> None:
         assert gpu.calls() == {'triton': ['forward'], 'cuda': []}
         convolve(weight=WEIGHT[..., 3:10, 3:10])  # another kind is tried, without another word
     assert 'cuda' in gpu.timed[3:]
+
+
+def test_one_that_fails_frees_its_memory(gpu: FakeGPU) -> None:
+    """At once: where memory is short, that of another candidate would be missing until the next garbage collection."""
+    kept: list[weakref.ref] = []
+
+    def fail() -> None:
+        tensor = torch.empty(3)
+        kept.append(weakref.ref(tensor))
+        raise torch.cuda.OutOfMemoryError('CUDA out of memory')
+
+    gc.disable()
+    try:
+        kind = fastest.kind_of('forward', X, 13, 1)
+        candidates = {'cuda': functools.partial(lambda _: fail(), None), 'torch': functools.partial(id, 0)}
+        found = fastest.find(kind, candidates, CPU)
+        assert (found[0], list(found[1])) == ('torch', ['cuda'])
+        del found
+        assert [reference_() for reference_ in kept] == [None]
+    finally:
+        gc.enable()
 
 
 def test_one_that_fails_later_gives_way_to_torch(gpu: FakeGPU) -> None:

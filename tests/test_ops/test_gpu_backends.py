@@ -76,6 +76,21 @@ def test_every_gpu_is_checked_by_itself(machine: SimpleNamespace, backend: str) 
     assert machine.checks == [(backend, 'cuda:1')]
 
 
+def test_what_is_known_is_not_found_out_again(machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked at every convolution."""
+    there = torch.device('cuda', 1)
+    assert backends.why_not('triton', there) == ''
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: pytest.fail('the driver was asked'))
+    assert backends.why_not('triton', there) == ''
+
+
+def test_the_gpu_of_the_map_is_checked(machine: SimpleNamespace) -> None:
+    """And no other, on which that would take memory."""
+    x: Any = SimpleNamespace(device=torch.device('cuda', 1), dtype=torch.float32)
+    assert backends.choose('triton', x, 7) == 'triton'
+    assert machine.checks == [('triton', 'cuda:1')]
+
+
 def test_no_triton(machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     assert 'the package triton is missing' in backends.why_not('triton')
@@ -225,6 +240,12 @@ def test_a_block_that_is_not_supported_is_computed_by_branch(gpu: FakeGPU) -> No
     assert max(block_errors(Case('one branch', (9, 10), 4)).values()) < 1e-5
     assert gpu.calls()['cuda'] == ['forward', 'weight_grad', 'input_grad'] or gpu.timed
     assert 'block_forward' not in gpu.backends['triton'].calls
+
+
+def test_a_block_on_a_cpu_needs_no_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes a quarter of the time of a small one."""
+    monkeypatch.setattr(backends.fastest, 'kind_of', lambda *_: pytest.fail('the kind was made'))
+    assert max(block_errors().values()) < 1e-5
 
 
 def test_a_block_of_float64_is_computed_by_torch(gpu: FakeGPU) -> None:

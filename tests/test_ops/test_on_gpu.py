@@ -246,8 +246,13 @@ def test_distributed(backend: str, nccl: None, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_memory_of_the_block(dtype: torch.dtype, backend: str) -> None:
-    """Forward and backward take less than half of what it takes branch after branch."""
-    case = reparam_cases.Case('13', (64, 64), 64, 4, dtype=dtype)
+    """Forward and backward take less than half of what it takes branch after branch.
+
+    Of a map of 32 MiB: what the input gradient keeps of some channels is as much, however small the map.
+    """
+    if backend != 'auto' and not hasattr(backends.module_of(backend), 'block_forward'):
+        pytest.skip(f'{backend} has no kernels for the block, and takes branch after branch')
+    case = reparam_cases.Case('13', (128, 128), 128, 8, dtype=dtype)
     inputs = reparam_cases.inputs_of(case).to(DEVICE)
     peaks = []
     for function in (lambda *args: dilated_reparam_conv(*args, None, backend), reparam_cases.per_branch):

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import reference
+
 __all__ = ['like', 'to_planes', 'vector_of', 'widen']
 
 _BLOCK = 64
@@ -89,10 +91,12 @@ def to_planes(x: Tensor) -> Tensor:
 
 
 def like(planes: Tensor, x: Tensor, layout: torch.memory_format | None = None) -> Tensor:
-    """NCHW ``planes`` in ``layout``, or in that of ``x`` where it is None."""
+    """NCHW ``planes`` in ``layout``, or with the strides of ``torch.empty_like(x)`` where it is None."""
     if layout is None:
-        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        layout = torch.channels_last if last else torch.contiguous_format
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        if not (last or x.is_contiguous()):
+            return reference.like(planes, x)
+        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
     if planes.is_contiguous(memory_format=layout):
         return planes
     n, c, h, w = planes.shape

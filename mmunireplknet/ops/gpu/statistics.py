@@ -110,7 +110,8 @@ def merge(
     """
     splits, _, c = partial.shape
     size = plan.kernels[0]
-    mean, var = partial.new_empty((2, len(plan.kernels), c)).unbind()
+    # Two allocations: outputs of an operator must not share memory.
+    mean, var = partial.new_empty((len(plan.kernels), c)), partial.new_empty((len(plan.kernels), c))
     merged, bias = partial.new_empty((c, 1, size, size)), partial.new_empty(c)
     _merge_kernel[(c,)](
         partial, weight, gamma, beta, mean, var, merged, bias, c, splits, plan.kernels, plan.dilations, eps,

@@ -26,8 +26,8 @@ def _expand(  # type: ignore[no-untyped-def]
     PAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    channel = tl.program_id(1).to(tl.int64)
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.program_id(0).to(tl.int64)
+    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     column = index % COLUMNS
     row = index // COLUMNS % DEPTH
     ky = index // (COLUMNS * DEPTH) - PAD
@@ -78,7 +78,7 @@ def expand(
     table = torch.empty((channels, kernel + 2 * pad, depth, columns), dtype=dtype, device=weight.device)
     size = table[0].numel()
     with torch.cuda.device_of(table):
-        _expand[(triton.cdiv(size, _BLOCK), channels)](
+        _expand[(channels, triton.cdiv(size, _BLOCK))](  # of the second there may be 65535
             weight.contiguous(), table, size, kernel, dilation, flipped, depth, columns, shift, pad, _BLOCK
         )
     return table

@@ -72,6 +72,22 @@ def test_a_small_block(gpu: SimpleNamespace, dtype: torch.dtype) -> None:
     assert mistakes(gpu, rounded(Case('one branch', (3, 5), 1, 2, dtype=dtype))) == []
 
 
+@pytest.mark.parametrize('layout', ['half the channels', 'permuted'])
+def test_layouts_that_are_neither(gpu: SimpleNamespace, layout: str) -> None:
+    """What compiled code around the operators relies on: the strides that they are said to return."""
+    assert mistakes(gpu, rounded(Case('one branch', (3, 4), 2, 2, layout))) == []
+
+
+def test_results_share_no_memory(gpu: SimpleNamespace) -> None:
+    """Which operators must not, and ``torch.library.opcheck`` says so."""
+    inputs = inputs_of(Case('one branch', (3, 4), 1, 1))
+    (x, weight, gamma, beta), static = operands(inputs)
+    y, mean, var = gpu.block.block_forward(x, weight, gamma, beta, *static)
+    grads = gpu.block.block_backward(inputs.grad, x, weight, gamma, mean, var, None, None, 12.0, True, *static)
+    results = (y, mean, var, *grads)
+    assert len({t.untyped_storage().data_ptr() for t in results}) == len(results)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('case', SLOW, ids=str)
 def test_against_float64(gpu: SimpleNamespace, case: Case) -> None:

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from .launches import launches_of
+
 
 @pytest.mark.parametrize('flipped', [False, True])
 @pytest.mark.parametrize(('kernel', 'dilation', 'columns', 'shift'), [(13, 1, 16, 2), (5, 3, 16, 0), (31, 1, 8, 1)])
@@ -28,3 +30,12 @@ def test_has_the_dtype_that_is_asked_for(gpu: SimpleNamespace) -> None:
     table = gpu.toeplitz.expand(weight, 1, False, torch.float16)
     assert table.shape == (2, 3, 32, 16)
     assert torch.equal(table[:, :, 3:6, 3], weight[:, 0].half())
+
+
+def test_more_channels_than_the_second_side_of_a_grid_has() -> None:
+    """65535, as every side but the first."""
+    from mmunireplknet.ops.gpu import toeplitz
+
+    (launch,) = launches_of(toeplitz.expand, torch.empty(70000, 1, 31, 31, device='meta'), 1, False, torch.float16)
+    assert launch.grid[0] == 70000
+    assert max(launch.grid[1:]) < 2**16
