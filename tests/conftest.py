@@ -28,10 +28,11 @@ def single_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
-def still_single_thread() -> Iterator[None]:
-    """Whatever a test does."""
+def as_before() -> Iterator[None]:
+    """One thread, and algorithms of any kind, whatever a test does."""
     yield
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)
