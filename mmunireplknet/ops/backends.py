@@ -134,17 +134,26 @@ def _is_interpreted(backend: str) -> bool:
     return backend == 'triton' and os.environ.get('TRITON_INTERPRET') == '1'
 
 
-def _check_on_gpu(backend: str, device: torch.device) -> str:
+def why_no_block(backend: str, device: torch.device) -> str:
+    """Why ``backend``, whose convolutions work, cannot compute the block on a GPU; empty where it can."""
+    key = (f'{backend} block', device.index or 0)
+    if key not in _checked:
+        _checked[key] = _check_on_gpu(backend, device, 'block')
+    return _checked[key]
+
+
+def _check_on_gpu(backend: str, device: torch.device, part: str = 'convolutions') -> str:
     capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
     if capability < OLDEST:
         found = '.'.join(map(str, capability))
         return f'{name} has compute capability {found}; the kernels take 8.0 (Ampere) or newer.'
     try:
-        problem = self_check(backend, module_of(backend), device)
+        problem = self_check(backend, module_of(backend), device, part)
     except Exception as error:  # of triton's compiler, of the driver: whatever it is, torch computes without it
         problem = f'the self-check on {name} failed: {type(error).__name__}: {error}'
     if problem:
-        warnings.warn(f'mmunireplknet: the {backend} kernels are not used: {problem}', stacklevel=2)
+        what = f'{backend} kernels of the Dilated Reparam Block' if part == 'block' else f'{backend} kernels'
+        warnings.warn(f'mmunireplknet: the {what} are not used: {problem}', stacklevel=2)
     return problem
 
 
@@ -319,6 +328,8 @@ def compute_block(
         module = module_of(candidate)
         if not hasattr(module, name) or module.block_supports(x, kernel, dilation):
             continue
+        if x.device.type == 'cuda' and why_no_block(candidate, x.device):
+            continue
         if candidate not in ON_GPU or not _is_auto(backend):
             return getattr(module, name)(*arguments)
         kind = fastest.kind_of(name, x, max(kernel), len(kernel))
@@ -340,7 +351,7 @@ def _with_block(backend: str, x: Tensor, kernel: int) -> list[str]:
     if x.dtype == torch.float64:
         return []
     capturing = fastest.is_capturing()
-    known = [name for name in ON_GPU if not capturing or (name, x.device.index or 0) in _checked]
+    known = [name for name in ON_GPU if not capturing or (f'{name} block', x.device.index or 0) in _checked]
     return [name for name in known if not why_not(name, x.device)]
 
 

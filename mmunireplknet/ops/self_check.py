@@ -24,15 +24,18 @@ _LIMITS_ON_GPU = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 3e-3
 _Results = Iterator[tuple[str, torch.dtype, Tensor, Tensor]]  # the dtype is that of the map
 
 
-def self_check(name: str, backend: Any, device: torch.device) -> str:
+def self_check(name: str, backend: Any, device: torch.device, part: str = '') -> str:
     """What is wrong, or nothing. Modes that are active, as of a FLOP counter, neither see nor change what is done.
 
     Args:
         name: Of the backend; 'cpp' has pointwise kernels as well.
         backend: Its module, see ``backends``.
         device: Where to check it.
+        part: 'convolutions' or 'block'; empty for all.
     """
-    checks = [_convolutions(backend, device), _sums(backend, device), _blocks(backend, device)]
+    checks = [] if part == 'block' else [_convolutions(backend, device), _sums(backend, device)]
+    if part != 'convolutions':
+        checks.append(_blocks(backend, device))
     if name == 'cpp':
         checks.append(_pointwise())
     with _disable_current_modes(), torch.no_grad(), torch.autocast(device.type, enabled=False):

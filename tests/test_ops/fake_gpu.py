@@ -108,7 +108,7 @@ def fake_gpu(patch: pytest.MonkeyPatch) -> Iterator[FakeGPU]:
     patch.setattr(backends, '_why_not_on_gpu', lambda name, device: '' if name in gpu.backends else 'it is gone.')
     patch.setattr(backends, 'is_on_gpu', lambda x: x.device.type in ('cpu', 'cuda'))
     patch.setattr(backends, '_warned', set())
-    patch.setattr(backends, '_checked', {(name, 0): '' for name in gpu.backends})
+    patch.setattr(backends, '_checked', {(f'{name}{part}', 0): '' for name in gpu.backends for part in ('', ' block')})
     patch.setattr(fastest, '_milliseconds', gpu.time)
     patch.delenv('MMUNI_DW_TUNE', raising=False)
     fastest.clear()

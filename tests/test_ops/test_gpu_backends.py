@@ -36,10 +36,12 @@ def machine(fresh: None, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """One with an H200 and both backends, whose attributes the tests change; ``checks`` are the self-checks made."""
     cuda, triton = PoolingBackend(), PoolingBackend()
     cuda.why_not = lambda: ''  # type: ignore[attr-defined]
-    found = SimpleNamespace(modules={'cuda': cuda, 'triton': triton}, checks=[], problem='', **vars(H200))
+    found = SimpleNamespace(modules={'cuda': cuda, 'triton': triton}, checks=[], problem='', block='', **vars(H200))
 
-    def check(name: str, backend: Any, device: torch.device) -> str:
+    def check(name: str, backend: Any, device: torch.device, part: str = '') -> str:
         found.checks.append((name, str(device)))
+        if part == 'block':
+            return found.block
         if isinstance(found.problem, Exception):
             raise found.problem
         return found.problem
@@ -174,6 +176,27 @@ def spoilt(which: str, spoil: Callable[[Tensor], Tensor]) -> PoolingBackend:
 
     setattr(backend, name, wrong)
     return backend
+
+
+def test_a_block_that_fails_its_check_leaves_the_convolutions(machine: SimpleNamespace) -> None:
+    machine.block = 'their block forward is off by 1.0e+00.'
+    device = torch.device('cuda', 0)
+    assert backends.why_not('triton', device) == ''
+    with pytest.warns(
+        UserWarning, match=r'triton kernels of the Dilated Reparam Block are not used: their block'
+    ) as all_:
+        assert backends.why_no_block('triton', device) == backends.why_no_block('triton', device) == machine.block
+    assert len(all_) == 1
+    assert backends.why_not('triton', device) == ''
+    assert machine.checks == [('triton', 'cuda:0')] * 2
+
+
+@pytest.mark.parametrize(('part', 'functions'), [('convolutions', 4), ('block', 2)])
+def test_parts_of_the_self_check(part: str, functions: int) -> None:
+    backend = PoolingBackend()
+    assert self_check('fake', backend, CPU, part) == ''
+    assert len(set(backend.calls)) == functions
+    assert any(name.startswith('block') for name in backend.calls) == (part == 'block')
 
 
 def test_self_check_passes() -> None:
