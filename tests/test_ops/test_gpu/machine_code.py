@@ -2,7 +2,7 @@
 
 The functions of the package run on CPU tensors, with a driver that only names a GPU: what they would launch is
 compiled as it would be there, with the same arguments, and not run. As a program it prints the table of
-docs/gpu-kernels.md.
+docs/triton-kernels.md.
 """
 
 from __future__ import annotations
