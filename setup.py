@@ -122,12 +122,14 @@ class BuildPyWithMimAndOps(build_py):
             # Those for CUDA are required of nobody who has no nvcc, or no torch for CUDA.
             if kind == 'cuda' and (reason := ops['why_not'](kind)):
                 self.announce(f'goes without the CUDA kernels: {reason}', level=logging.INFO)
-            elif not (self.editable_mode and (folder / ops['library_name'](kind)).exists()):
+            else:
                 self.compile_library(ops, folder, kind, required=wish == '1')
 
     def compile_library(self, ops: dict, folder: Path, kind: str, required: bool) -> None:
-        """Compile one of the libraries."""
+        """Compile one of the libraries, but where a development install has it already."""
         try:
+            if self.editable_mode and (folder / ops['library_name'](kind)).exists():
+                return
             library = ops['build'](folder, kind)
         except (RuntimeError, OSError) as error:
             if required:

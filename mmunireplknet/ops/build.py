@@ -3,7 +3,7 @@
 Two shared libraries on the LibTorch stable ABI, independent of the versions of Python and (from 2.10 on) torch. ``cpu``
 takes a C++17 compiler, GCC 9 or Clang 12 and newer, and seconds; ``cuda`` takes nvcc besides, of the major version of
 CUDA that torch has. A library lands beside this file, or in the user's cache where that folder is read-only; its name
-carries a hash of the sources, so that a stale one is never loaded.
+carries a hash of the sources, so that a stale one is never loaded, and for CUDA what GPUs it is for.
 
 ``setup.py`` runs this file by its path: it imports nothing but the standard library.
 """
@@ -53,13 +53,27 @@ GENERATIONS = {
 
 
 @functools.cache
-def library_name(kind: str = 'cpu') -> str:
-    """File name of the library for the sources as they are now."""
+def fingerprint(kind: str = 'cpu') -> str:
+    """Hash of the sources as they are now, and of how they are compiled."""
     folder, flags = (CUDA_SOURCES, [*NVCC_FLAGS, *FLAGS]) if kind == 'cuda' else (SOURCES, FLAGS)
     digest = hashlib.sha256(' '.join([*flags, TORCH_TARGET]).encode())
     for file in sorted(f for f in folder.iterdir() if f.suffix in ('.cpp', '.cu', '.cuh', '.h', '.inc')):
         digest.update(file.name.encode() + file.read_bytes())
-    return f'mmuni_{kind}-{digest.hexdigest()[:12]}-{platform.machine()}.so'
+    return digest.hexdigest()[:12]
+
+
+def library_name(kind: str = 'cpu') -> str:
+    """File name of the library for the sources as they are now; that for CUDA says for which CUDA and GPUs it is.
+
+    Raises:
+        RuntimeError: It is not known for which: ``TORCH_CUDA_ARCH_LIST`` is wrong, or torch is missing.
+    """
+    parts = [f'mmuni_{kind}', fingerprint(kind)]
+    if kind == 'cuda':
+        # Of -gencode=arch=compute_90,code=sm_90 what follows code=, and native of -arch=native.
+        targets = {flag.rpartition('=')[2].replace('_', '').replace('compute', 'ptx') for flag in architectures()}
+        parts += [f'cu{_cuda_of_torch()}', *sorted(targets)]
+    return '-'.join([*parts, platform.machine()]) + '.so'
 
 
 def cache_folder() -> Path:
@@ -67,16 +81,26 @@ def cache_folder() -> Path:
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache', 'mmunireplknet', 'ops')
 
 
-def library_file(kind: str = 'cpu') -> Path | None:
-    """The library that fits the sources, or None where it has not been built."""
+def library_file(kind: str = 'cpu', others: bool = True) -> Path | None:
+    """The library that fits the sources, or None where it has not been built.
+
+    Args:
+        kind: 'cpu' or 'cuda'.
+        others: Where there is none for the GPUs and the CUDA that are asked for, take one for others: a wheel may have
+            brought it along from where it was built. The package's comes first, then the newest.
+    """
+    found = []
     for folder in (lambda: HERE, cache_folder):
         try:
-            file = folder() / library_name(kind)
-            if file.exists():
-                return file
+            files = list(folder().glob(f'mmuni_{kind}-{fingerprint(kind)}-*{platform.machine()}.so'))
+            found += sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)
         except (OSError, RuntimeError):  # a user without a home, or whose home may not be read; no sources
             continue
-    return None
+    try:
+        name = library_name(kind)
+    except (OSError, RuntimeError):
+        name = ''
+    return next((file for file in found if file.name == name), found[0] if found and others else None)
 
 
 def compiler() -> list[str]:
@@ -144,17 +168,16 @@ def why_not(kind: str = 'cpu') -> str:
 
 def _why_no_cuda(version: str) -> str:
     try:
-        said = (_torch_folder() / 'version.py').read_text()
+        wanted = _cuda_of_torch()
     except (OSError, RuntimeError) as error:
         return str(error)
-    found = re.search(r"^cuda\b[^=]*= *'(\d+)", said, re.MULTILINE)
-    if found is None:
+    if not wanted:
         return f'torch {version} has no CUDA.'
     if not any(CUDA_SOURCES.glob('*.cu')):
         return f'their sources are missing in {CUDA_SOURCES}.'
     command = nvcc()
     if not command:
-        return f'there is no nvcc (install CUDA {found[1]} or the package nvidia-cuda-nvcc, or set CUDA_HOME).'
+        return f'there is no nvcc (install CUDA {wanted} or the package nvidia-cuda-nvcc, or set CUDA_HOME).'
     try:
         done = subprocess.run([command, '--version'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     except OSError as error:
@@ -162,9 +185,16 @@ def _why_no_cuda(version: str) -> str:
     release = re.search(r'release (\d+)\.', done.stdout)
     if release is None:
         return f'{command} --version names no release: {done.stdout.strip()[:200]!r}.'
-    if release[1] != found[1]:
-        return f'{command} is of CUDA {release[1]}, torch {version} of CUDA {found[1]}; they must have the same number.'
+    if release[1] != wanted:
+        return f'{command} is of CUDA {release[1]}, torch {version} of CUDA {wanted}; they must have the same number.'
     return ''
+
+
+def _cuda_of_torch() -> str:
+    """The major version of CUDA that torch has; '' for none."""
+    said = (_torch_folder() / 'version.py').read_text()
+    found = re.search(r"^cuda\b[^=]*= *'(\d+)", said, re.MULTILINE)
+    return found[1] if found else ''
 
 
 def build(folder: Path | None = None, kind: str = 'cpu') -> Path:
@@ -235,7 +265,7 @@ def _torch_folder() -> Path:
 
 
 def _install(library: Path, folder: Path, kind: str) -> None:
-    """Put the library into ``folder`` whole or not at all; if that is the package, those of other sources go."""
+    """Put the library into ``folder`` whole or not at all; if that is the package, all others of its kind go."""
     partial = folder / f'{library.name}.{os.getpid()}.partial'
     try:
         shutil.copyfile(library, partial)
@@ -246,7 +276,7 @@ def _install(library: Path, folder: Path, kind: str) -> None:
     if not folder.samefile(HERE):
         return  # the user's cache is shared with other versions of this package
     for stale in folder.glob(f'mmuni_{kind}-*-{platform.machine()}.so'):
-        if stale.name != library_name(kind):
+        if stale.name != library.name:
             stale.unlink(missing_ok=True)
 
 
@@ -276,7 +306,7 @@ def main() -> None:
         try:
             if kind == 'cuda' and not args.kernels and why_not(kind):
                 continue
-            file = library_file(kind)
+            file = library_file(kind, others=False)
             if file and not args.force:
                 sys.stdout.write(f'{file} is up to date\n')
                 continue

@@ -3,9 +3,8 @@
 Maps and weights in float16 and bfloat16 are multiplied on tensor cores with sums in float32. Those in float32 are in
 TF32 where torch may use it for convolutions (``torch.backends.cudnn.conv.fp32_precision``, once ``allow_tf32``), and
 otherwise split into two TF32 numbers each, which is nearly float32's accuracy: tensor cores cut sums off instead of
-rounding them, which adds up in weight gradients of maps without negative numbers. As zeros beside the kernel are
-multiplied too, an infinity or NaN makes NaN of up to 39 pixels of its row, where the convolution proper makes K of
-them.
+rounding them, so that they sum a few rows of a map at a time. As zeros beside the kernel are multiplied too, an
+infinity or NaN makes NaN of up to 39 pixels of its row, where the convolution proper makes K of them.
 """
 
 from __future__ import annotations

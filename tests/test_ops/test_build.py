@@ -67,13 +67,13 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(build, 'HERE', here)
     monkeypatch.setattr(build, 'SOURCES', here / 'csrc' / 'cpu')
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-    build.library_name.cache_clear()
+    build.fingerprint.cache_clear()
     yield here
-    build.library_name.cache_clear()
+    build.fingerprint.cache_clear()
 
 
 def name_now() -> str:
-    build.library_name.cache_clear()
+    build.fingerprint.cache_clear()
     return build.library_name()
 
 
@@ -109,7 +109,7 @@ def test_a_library_of_other_sources_is_not_found(package: Path, compiler: Callab
     assert build.library_file() is None
     assert build.build() == build.library_file()
     (build.SOURCES / 'conv.h').write_text('// changed')
-    build.library_name.cache_clear()
+    build.fingerprint.cache_clear()
     assert build.library_file() is None
 
 

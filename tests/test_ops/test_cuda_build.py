@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import sys
@@ -43,9 +44,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     monkeypatch.setenv('CXX', str(program(tmp_path / 'c++', 'import sys' + WORKS)))
-    build.library_name.cache_clear()
+    build.fingerprint.cache_clear()
     yield here
-    build.library_name.cache_clear()
+    build.fingerprint.cache_clear()
 
 
 def program(file: Path, text: str) -> Path:
@@ -200,7 +201,7 @@ def test_commands(package: Path, linked: bool, monkeypatch: pytest.MonkeyPatch) 
         (package.parent / 'torch' / 'lib' / 'libtorch_cuda.so').touch()
     library = build.build(kind='cuda')
     assert library == build.library_file('cuda') == package / build.library_name('cuda')
-    assert re.fullmatch(r'mmuni_cuda-[0-9a-f]{12}-\w+\.so', library.name)
+    assert re.fullmatch(r'mmuni_cuda-[0-9a-f]{12}-cu13-ptx90-sm80-sm90-\w+\.so', library.name)
     *compiled, link = commands(tool)
     sources = [word for command in compiled for word in command if word.endswith('.cu')]
     assert sorted(sources) == sorted(str(file) for file in build.CUDA_SOURCES.glob('*.cu'))
@@ -221,11 +222,60 @@ def test_names_follow_their_own_sources(package: Path, monkeypatch: pytest.Monke
     first = [build.build(kind=kind) for kind in build.KINDS]
     assert all(file.exists() for file in first)
     (package / 'csrc' / 'cuda' / 'forward.cuh').write_text('// changed')
-    build.library_name.cache_clear()
+    build.fingerprint.cache_clear()
     assert build.library_file('cpu') == first[0]
     assert build.library_file('cuda') is None
     second = build.build(kind='cuda')
     assert files_in(package) == sorted([first[0].name, second.name])
+
+
+def test_another_list_of_gpus_is_built_again(
+    package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """And another major version of CUDA; what is there serves until then, and goes afterwards."""
+    set_nvcc(monkeypatch, package.parent)
+    monkeypatch.setattr(sys, 'argv', ['build', '--kernels', 'cuda'])
+    first = build.build(kind='cuda')
+    for wish, release, said, targets in (
+        ('9.0+PTX 8.0', '13', 'is up to date', 'cu13-ptx90-sm80-sm90'),
+        ('12.0', '13', 'built in', 'cu13-sm120'),
+        ('12.0', '13', 'is up to date', 'cu13-sm120'),
+        ('12.0', '12', 'built in', 'cu12-sm120'),
+        ('native', '12', 'built in', 'cu12-native'),
+    ):
+        monkeypatch.setenv('TORCH_CUDA_ARCH_LIST', wish)
+        set_nvcc(monkeypatch, package.parent, release=f'{release}.9')
+        set_torch(monkeypatch, package.parent, f"'{release}.0'")
+        assert build.library_file('cuda') == first
+        build.main()
+        assert said in capsys.readouterr().out
+        first = build.library_file('cuda')
+        assert f'-{targets}-' in first.name
+        assert files_in(package) == [first.name]
+
+
+def test_a_library_for_other_gpus(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a wheel brings it along: it is found, but after that for those which are asked for, wherever this is."""
+    set_nvcc(monkeypatch, package.parent)
+    monkeypatch.setenv('TORCH_CUDA_ARCH_LIST', '12.0')
+    brought = build.build(kind='cuda')
+    for wish in ('', '9.0', '7.5', 'nonsense'):
+        monkeypatch.setenv('TORCH_CUDA_ARCH_LIST', wish)
+        assert build.library_file('cuda') == brought
+        assert build.library_file('cuda', others=False) is None
+    monkeypatch.setenv('TORCH_CUDA_ARCH_LIST', '9.0')
+    asked = build.build(build.cache_folder(), 'cuda')
+    assert build.library_file('cuda') == build.library_file('cuda', others=False) == asked
+    monkeypatch.setenv('TORCH_CUDA_ARCH_LIST', '8.0')
+    later = build.build(build.cache_folder(), 'cuda')
+    os.utime(asked, (1, 1))
+    monkeypatch.delenv('TORCH_CUDA_ARCH_LIST')
+    assert build.library_file('cuda') == brought
+    brought.unlink()
+    assert build.library_file('cuda') == later
+    (package / 'csrc' / 'cuda' / 'forward.cuh').write_text('// changed')
+    build.fingerprint.cache_clear()
+    assert build.library_file('cuda') is None
 
 
 def test_caches_that_cannot_be_looked_into(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:

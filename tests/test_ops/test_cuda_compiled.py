@@ -23,7 +23,8 @@ FORWARD = {
 FORWARD_SINGLE = {f'forward_kernel<float, {p}, 0, {exact}>' for p in (3, 5) for exact in ('false', 'true')}
 WEIGHT_GRAD = {f'weight_grad_kernel<{t}, {p}, false>' for t in ('Half', 'BFloat') for p in (3, 5)}
 WEIGHT_GRAD_SINGLE = {f'weight_grad_kernel<float, {p}, {exact}>' for p in (3, 5) for exact in ('false', 'true')}
-KERNELS = FORWARD | FORWARD_SINGLE | WEIGHT_GRAD | WEIGHT_GRAD_SINGLE | {'sums_kernel<128>'}
+WIDEST = 'weight_grad_kernel<float, 5, true>'
+KERNELS = FORWARD | FORWARD_SINGLE | WEIGHT_GRAD | WEIGHT_GRAD_SINGLE | {'sums_kernel<false>', 'sums_kernel<true>'}
 
 
 def tool(name: str) -> str:
@@ -81,9 +82,10 @@ def test_every_kernel_is_there_and_spills_nothing(library: Path) -> None:
     for (architecture, kernel), needs in found.items():
         where = f'{kernel} on {architecture}: {needs}'
         assert (needs['STACK'], needs['LOCAL']) == (0, 0), where
-        # Two blocks of 256 threads side by side, or one of those that keep most in registers.
+        # Two blocks of 256 threads side by side, or one of those that keep most in registers. The widest of these has
+        # as many warps side by side as with 192: two in each quarter of a multiprocessor.
         alone = 'weight_grad' in kernel or ', 13, ' in kernel
-        assert needs['REG'] <= (192 if alone else 128), where
+        assert needs['REG'] <= (216 if kernel == WIDEST else 192 if alone else 128), where
         assert needs['SHARED'] <= 1024, where  # what sm_90 keeps for itself; the rest is asked for at the launch
 
 

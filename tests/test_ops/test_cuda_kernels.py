@@ -161,6 +161,38 @@ def test_weight_grad(emulation: Emulation, dtype: torch.dtype, kernel: int) -> N
         check_weight_grad(case)
 
 
+@pytest.mark.parametrize('kernel', [3, 19])
+def test_weight_grad_of_positive_maps(emulation: Emulation, kernel: int) -> None:
+    """As accurate for many images as float32 summed in one order: that tensor cores cut off does not add up.
+
+    One block has all of the 32 images, of which every one is a tile or two.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.rand(2, 32, 1, 64 if kernel == 3 else 32, 32, generator=generator)
+    out = cuda.weight_grad(x, grad, kernel, 1)
+    exact = reference.weight_grad(x.double(), grad.double(), kernel, 1)
+    assert relative_error(out, exact) < 1.5e-6
+
+
+@pytest.mark.parametrize('count', [1, 8, 9, 33, 4096])
+@pytest.mark.parametrize('together', [True, False])
+def test_sums_over_parts(emulation: Emulation, count: int, together: bool) -> None:
+    """Of planes, whose parts lie together, and of weights; the lanes of a warp share a long one."""
+    parts = torch.rand(7, count, generator=torch.Generator().manual_seed(0))
+    first, second = torch.empty(7), torch.empty(7)
+    for out in (first, second):  # in another order of threads
+        emulation.add_up(parts if together else parts.T.contiguous(), out, *((count, 1) if together else (1, 7)))
+    assert torch.equal(first, second)
+    assert relative_error(first, parts.double().sum(1)) < (2e-7 if together else 1e-5)
+
+
+def test_sums_of_planes_of_many_parts(emulation: Emulation) -> None:
+    x = torch.rand(1, 3, 150, 70, generator=torch.Generator().manual_seed(0))
+    weight = torch.rand(3, 1, 3, 3, generator=torch.Generator().manual_seed(1))
+    out, sums = cuda.forward(x, weight, None, 1, pooled=True)
+    assert relative_error(sums, out.double().sum((2, 3))) < 1e-6
+
+
 def test_matrices_are_read_from_all_banks_at_once(emulation: Emulation) -> None:
     before = emulation.library.conflicts()
     for dtype, kernel, layout in itertools.product(DTYPES, (13, 31), LAYOUTS):

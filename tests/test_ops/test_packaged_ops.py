@@ -241,6 +241,20 @@ def test_development_install_compiles_into_the_source_folder(stub: Path, tmp_pat
     assert library.stat() == written  # it is there already, and is not compiled again
 
 
+@compiles
+@pytest.mark.slow
+def test_development_install_goes_without_cuda_kernels_for_unknown_gpus(stub: Path, tmp_path: Path) -> None:
+    """The CUDA library is named after them."""
+    then = 'while [ "$1" != -o ]; do shift; done; echo made > "$2"'
+    cuda = with_nvcc(stub, tmp_path, then)
+    hook('build_editable', stub, tmp_path / 'unknown', MMUNI_WITH_OPS='auto', TORCH_CUDA_ARCH_LIST='Rubin', **cuda)
+    assert not list((stub / OPS).glob('mmuni_cuda-*.so'))
+    for wish, target in (('9.0', 'cu13-sm90'), ('12.0', 'cu13-sm120')):
+        hook('build_editable', stub, tmp_path / target, MMUNI_WITH_OPS='1', TORCH_CUDA_ARCH_LIST=wish, **cuda)
+        (library,) = (stub / OPS).glob('mmuni_cuda-*.so')
+        assert f'-{target}-' in library.name
+
+
 @pytest.fixture
 def make_env(monkeypatch: pytest.MonkeyPatch, stub: Path, tmp_path: Path) -> ModuleType:
     """tools/make_env.py for the tree whose kernels compile at once."""

@@ -70,7 +70,8 @@ class Emulation:
         if problem:
             raise RuntimeError(problem.decode())
 
-    def _add(self, partial: Tensor, out: Tensor, between: int, apart: int) -> None:
+    def add_up(self, partial: Tensor, out: Tensor, between: int, apart: int) -> None:
+        """As ``add`` of operators.cpp: sum i is that of ``partial`` at i * between + j * apart."""
         pointers = self._begin(partial, out)
         job = Sums(*pointers, out.numel(), partial.numel() // out.numel(), between, apart)
         self._end(self.library.add_up(ctypes.byref(job)))
@@ -99,7 +100,7 @@ class Emulation:
             )
         )  # fmt: skip
         if sums is not None and partial is not None:
-            self._add(partial, sums, partial.shape[-1], 1)
+            self.add_up(partial, sums, partial.shape[-1], 1)
 
     def weight_grad(self, x: Tensor, grad: Tensor, out: Tensor, kernel: int, dilation: int, tf32: bool) -> None:
         """As the operator of operators.cpp."""
@@ -112,7 +113,7 @@ class Emulation:
                 TYPES[x.dtype], p[0], _strides(x), p[1], _strides(grad), p[2], shape, not tf32
             )
         )  # fmt: skip
-        self._add(partial, out, 1, out.numel())
+        self.add_up(partial, out, 1, out.numel())
 
 
 def _strides(t: Tensor) -> ctypes.Array:

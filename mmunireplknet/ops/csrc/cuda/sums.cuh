@@ -6,17 +6,29 @@
 
 namespace mmuni {
 
-template <int THREADS>
-__global__ void __launch_bounds__(THREADS) sums_kernel(const Sums job) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+constexpr int SUM_THREADS = 128;
+
+// One thread for each sum, or one warp, whose lanes read what lies together.
+template <bool WARPS>
+__global__ void __launch_bounds__(SUM_THREADS) sums_kernel(const Sums job) {
+  constexpr int TOGETHER = WARPS ? 32 : 1;
+  const int64_t i = (static_cast<int64_t>(blockIdx.x) * SUM_THREADS + threadIdx.x) / TOGETHER;
   if (i >= job.size) return;
+  const int lane = static_cast<int>(threadIdx.x) % TOGETHER;
   float total = 0;
-  for (int64_t j = 0; j < job.count; ++j) total += load_global(job.partial + i * job.between + j * job.apart);
-  store_global(job.out + i, total);
+  for (int64_t j = lane; j < job.count; j += TOGETHER)
+    total += load_global(job.partial + i * job.between + j * job.apart);
+  if constexpr (WARPS)
+#pragma unroll
+    for (int distance = 16; distance; distance /= 2) total += from_lane(total, distance);
+  if (lane == 0) store_global(job.out + i, total);
 }
 
 inline const char* run_sums(const Sums& job, Stream stream) {
-  return launch(sums_kernel<128>, job, ceil_div(job.size, 128), 128, 0, stream);
+  // Neighbouring threads read neighbouring numbers: of one sum where those lie together, of several where they do not.
+  if (job.apart == 1 && job.count > 8)
+    return launch(sums_kernel<true>, job, ceil_div(job.size, SUM_THREADS / 32), SUM_THREADS, 0, stream);
+  return launch(sums_kernel<false>, job, ceil_div(job.size, SUM_THREADS), SUM_THREADS, 0, stream);
 }
 
 }  // namespace mmuni

@@ -138,7 +138,20 @@ __global__ void __launch_bounds__(256, 1) weight_grad_kernel(const WeightGrad jo
       for (int r = 0; r < GRAD_ROWS; ++r) {
         const int ky = group + r * job.groups;
         const int stride = job.x_tile.stride;
-        if (ky < s.kernel) grad.add(sum[r], x_tile + (y + ky * s.dilation) * stride, stride, lane);
+        if (ky >= s.kernel) continue;
+        const uint32_t from = x_tile + (y + ky * s.dilation) * stride;
+        if constexpr (EXACT) {
+          // Tensor cores cut sums off, towards zero, so that the errors of long sums of positive numbers add up: they
+          // sum these 16 rows alone, and what rounds to the nearest does the rest.
+          float part[COUNT][4] = {};
+          grad.add(part, from, stride, lane);
+#pragma unroll
+          for (int j = 0; j < COUNT; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum[r][j][i] += part[j][i];
+        } else {
+          grad.add(sum[r], from, stride, lane);
+        }
       }
     }
     __syncthreads();
