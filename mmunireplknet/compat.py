@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import pickle
 import sys
 from collections.abc import Callable, Iterator
@@ -244,6 +245,31 @@ def let_fsdp_resume() -> None:
         wrapper.load_state_dict(FSDP.optim_state_dict_to_load(self.model, wrapper.optimizer, state_dict))
 
     FSDPStrategy.load_optim_state_dict = load_optim_state_dict
+
+
+class _SignalStack(ctypes.Structure):
+    """``stack_t`` of sigaltstack(2)."""
+
+    _fields_ = (('sp', ctypes.c_void_p), ('flags', ctypes.c_int), ('size', ctypes.c_size_t))
+
+
+@contextmanager
+def keep_signal_stack() -> Iterator[None]:
+    """Put back the stack for signal handlers that OpenVINO exchanges inside.
+
+    Its CPU plugin sets one of its own when a model is compiled, and sets the one before when it goes. Of two plugins
+    that go in the order in which they came, the second one sets the freed stack of the first (2026.4.1). The next
+    signal then kills the process, SIGCHLD at the end of a data loader's worker for instance.
+    """
+    if sys.platform != 'linux':
+        yield
+        return
+    library, before = ctypes.CDLL(None), _SignalStack()
+    library.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        library.sigaltstack(ctypes.byref(before), None)
 
 
 @contextmanager

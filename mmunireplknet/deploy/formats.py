@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..compat import resize_of_open_sizes
+from ..compat import keep_signal_stack, resize_of_open_sizes
 from ..models.checkpoint_file import read_checkpoint
 from ..models.unireplknet import UniRepLKNet
 from .exportable import Exportable, ExportError
@@ -221,6 +221,7 @@ def _open_onnx(file: Path | bytes, threads: int) -> Run:
     return lambda image: session.run(None, {name: image})
 
 
+@keep_signal_stack()
 def _open_openvino(file: Path, threads: int) -> Run:
     import openvino
 

@@ -13,6 +13,7 @@ import torch
 from mmcv.cnn import fuse_conv_bn
 from torch import Tensor, nn
 
+from ..compat import keep_signal_stack
 from ..models.block import UniRepLKNetBlock
 from ..models.checkpoint_file import read_checkpoint
 from .exportable import Exportable
@@ -200,6 +201,7 @@ def _onnx_values(model: Any, file: Path, names: list[str], image: np.ndarray) ->
     return dict(zip(names, outputs, strict=True))
 
 
+@keep_signal_stack()
 def _openvino_values(model: Any, file: Path, names: list[str], image: np.ndarray) -> dict[str, np.ndarray]:
     import openvino
 

@@ -19,6 +19,7 @@ from mmengine.logging import print_log
 from rich.progress import track
 from torch import nn
 
+from ..compat import keep_signal_stack
 from ..engine.inference import find_images
 from ..models.layers import GRN, SEBlock
 from .exportable import Exportable, ExportError
@@ -264,6 +265,7 @@ def _read_floats(graph: onnx.ModelProto, names: Sequence[str]) -> None:
 # ------------------------------------------------------------------------------------------ OpenVINO
 
 
+@keep_signal_stack()
 def _quantize_openvino(file: Path, names: Sequence[str], images: Calibration, meta: Mapping[str, Any]) -> None:
     """The same layers by NNCF: signed weights with a scale for each output channel, unsigned activations."""
     import nncf

@@ -23,16 +23,7 @@ RUNTIMES = ('onnxruntime', 'openvino')
 
 def opened(file, runtime):
     """An ONNX file as a function of an image to tensors."""
-    if runtime == 'onnxruntime':
-        run = open_exported(file)
-    else:
-        import openvino
-
-        net = openvino.Core().compile_model(file, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
-
-        def run(image):
-            return list(net(image).values())
-
+    run = open_exported(file, format=dict(onnxruntime='onnx').get(runtime, runtime))
     return lambda image: [torch.from_numpy(np.array(out)) for out in run(image.numpy())]
 
 
