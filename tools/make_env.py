@@ -388,8 +388,7 @@ def make_env(stack: str, torch: str | None) -> None:
 
 def build_ops(python: str) -> None:
     """Compile the package's kernels unless the library that fits their sources is there; nothing requires them."""
-    script = str(ROOT / 'mmunireplknet' / 'ops' / 'build.py')
-    wish = os.environ.get('MMUNI_WITH_OPS')
+    script, wish = str(ROOT / 'mmunireplknet' / 'ops' / 'build.py'), os.environ.get('MMUNI_WITH_OPS')
     if wish != '0' and runpy.run_path(script)['library_file']() is None:
         say('compiling the kernels in mmunireplknet/ops/csrc')
         if subprocess.run([python, script, *(['--kernels', 'cpu'] if wish == 'cpu' else [])]).returncode:

@@ -395,6 +395,5 @@ def test_a_real_build(tmp_path: Path) -> None:
         pytest.skip(reason)
     library = build.build(tmp_path / 'new' / 'folder')
     assert files_in(library.parent) == [build.library_name()]
-    command = [sys.executable, '-c', LOAD_AND_COMPUTE, str(library)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', LOAD_AND_COMPUTE, str(library)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
