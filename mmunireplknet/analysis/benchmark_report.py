@@ -11,7 +11,7 @@ from typing import Any
 
 from .benchmark import Check, Report, Result, Verdict
 
-__all__ = ['draw', 'markdown', 'write_json']
+__all__ = ['draw', 'markdown', 'write_json', 'write_report']
 
 _COLOURS = {True: '#4c9a6a', False: '#c8553d', None: '#9aa5b1'}  # met, missed, nothing required
 
@@ -20,6 +20,15 @@ def write_json(report: Report, file: str | Path) -> None:
     """Write everything that was measured."""
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     Path(file).write_text(json.dumps(asdict(report), indent=1) + '\n')
+
+
+def write_report(report: Report, folder: Path) -> str:
+    """Write benchmark.md, .json and .png into ``folder``; returns what is in the first."""
+    table = markdown(report)
+    write_json(report, folder / 'benchmark.json')
+    draw(report, folder / 'benchmark.png')
+    (folder / 'benchmark.md').write_text(table)
+    return table
 
 
 def markdown(report: Report) -> str:

@@ -16,7 +16,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
-from ..deploy.exportable import Exportable, make_exportable
+from ..deploy.exportable import Exportable, ExportError, make_exportable
 from ..deploy.formats import FORMATS, Options, check_packages, open_exported, write
 from ..deploy.parity import compare
 from ..deploy.pooling import replace_pooling
@@ -168,14 +168,14 @@ def _check(exportable: Exportable, forms: dict[str, Contender]) -> None:
     """Compare the outputs of all forms with those of the published one; it also compiles what is compiled.
 
     Raises:
-        ValueError: One differs.
+        ExportError: One differs.
     """
     reference = [torch.as_tensor(out) for out in forms[PUBLISHED].run()]  # type: ignore[attr-defined]
     for name, form in forms.items():
         outputs = [torch.as_tensor(out) for out in form.run()]  # type: ignore[attr-defined]
         for output, difference in compare(exportable, reference, outputs).items():
             if not difference.relative <= AGREEMENT:
-                raise ValueError(
+                raise ExportError(
                     f'{output} of {name} differs from that of the {PUBLISHED} by {difference.relative:.1e}, more than '
                     f'{AGREEMENT:g}: not the same thing would be timed.'
                 )

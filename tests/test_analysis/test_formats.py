@@ -8,9 +8,11 @@ import torch
 
 from mmunireplknet.analysis.benchmark import measure
 from mmunireplknet.analysis.formats import exported_folders, format_row, peer_forms, unireplknet_forms
+from mmunireplknet.deploy.exportable import ExportError
 
 from ..procedural import image
 from ..test_deploy.cases import build, checkpoint, classifier_config, segmentor_config
+from ..test_tools.test_command_line import run_tool
 
 
 def forms(cfg, file, folder, **options):
@@ -58,8 +60,19 @@ def test_a_form_that_computes_something_else_is_not_timed(tmp_path, monkeypatch)
     monkeypatch.setattr(formats, 'switch_to_deploy', wrong)
     cfg = segmentor_config()
     build(cfg)
-    with pytest.raises(ValueError, match=r'logits of deploy form differs from that of the published form by \d'):
+    with pytest.raises(ExportError, match=r'logits of deploy form differs from that of the published form by \d'):
         forms(cfg, None, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_command_that_times_nothing_fails(tmp_path, monkeypatch):
+    def fail(name):
+        raise ModuleNotFoundError("No module named 'onnx'", name='onnx')
+
+    monkeypatch.setattr('mmunireplknet.analysis.formats.check_packages', fail)
+    args = ['configs/unireplknet_a_in1k.py', '--backbone-only', '--shape', 1, 64, 64, '--no-compile', '--threads', 1]
+    said = run_tool('analysis/benchmark_formats.py', *args, '--rounds', 1, '--out', tmp_path)
+    assert said == 'nothing was timed: onnx is not installed'
 
 
 @pytest.mark.slow

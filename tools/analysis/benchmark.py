@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from mmunireplknet.analysis.benchmark import ROWS, run
-from mmunireplknet.analysis.benchmark_report import draw, markdown, write_json
+from mmunireplknet.analysis.benchmark_report import write_report
 
 
 def positive(text: str) -> int:
@@ -61,10 +61,7 @@ def main() -> None:
     report = run(rows, args.threads, args.rounds, progress)
     report.environment['date'] = f'{datetime.date.today()}, in {(time.monotonic() - start) / 60:.1f} min'
     report.environment['command'] = f'`python {shlex.join(sys.argv)}`'
-    table = markdown(report)
-    write_json(report, args.out / 'benchmark.json')
-    draw(report, args.out / 'benchmark.png')
-    (args.out / 'benchmark.md').write_text(table)
+    table = write_report(report, args.out)
     print(f'\n{table}\n{args.out}/benchmark.md, .json and .png')
     if void := [result.name for result in report.results if result.void]:
         sys.exit(f'{len(void)} rows are void: {", ".join(void)}')

@@ -19,17 +19,17 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from mmunireplknet.analysis.benchmark import run
-from mmunireplknet.analysis.benchmark_report import draw, markdown, write_json
+from mmunireplknet.analysis.benchmark_report import write_report
 from mmunireplknet.analysis.formats import EXPORTED, exported_folders, format_row, peer_forms, unireplknet_forms
 from mmunireplknet.analysis.peers import Contender
 from mmunireplknet.deploy.exportable import ExportError
 from mmunireplknet.deploy.formats import FORMATS
 from mmunireplknet.deploy.preprocessing import real_images, to_input
 from mmunireplknet.engine.launch import load_config
+from mmunireplknet.engine.swap_backbone import MEAN, STD
 
 
 def parse_args() -> argparse.Namespace:
@@ -58,10 +58,9 @@ def main() -> None:
     start = time.monotonic()
     cfg, peer = load_config(args.config), load_config(args.peer) if args.peer else None
     images, _ = real_images(cfg)
-    rules = dict(preprocess=dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375]))
+    rules = dict(preprocess=dict(mean=MEAN, std=STD))
     image = to_input(images, tuple(args.shape), dict(**rules, input=dict(channels='RGB')))
     torch.set_num_threads(args.threads)
-    np.random.seed(0)
 
     def progress(text: str) -> None:
         print(f'{time.monotonic() - start:4.0f} s  {text}', flush=True)
@@ -85,11 +84,10 @@ def main() -> None:
         report = run([row], args.threads, args.rounds, progress)
     report.environment['date'] = f'{datetime.date.today()}, in {(time.monotonic() - start) / 60:.1f} min'
     report.environment['command'] = f'`python {shlex.join(sys.argv)}`'
-    table = markdown(report)
-    write_json(report, args.out / 'benchmark.json')
-    draw(report, args.out / 'benchmark.png')
-    (args.out / 'benchmark.md').write_text(table)
+    table = write_report(report, args.out)
     print(f'\n{table}\n{args.out}/benchmark.md, .json and .png')
+    if void := report.results[0].void:
+        sys.exit(f'nothing was timed: {void}')
 
 
 if __name__ == '__main__':
