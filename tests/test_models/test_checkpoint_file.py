@@ -309,7 +309,7 @@ def test_payload_by_every_path(tmp_path, through, payload):
         (HistoryBuffer([1.0], [1]), 'mean'),
         (torch.Size, 'numel'),
     ],
-    ids=str,
+    ids=lambda args: f'{type(args[0]).__name__} {getattr(args[0], "__name__", "")} {args[1]}',
 )
 def test_getattr(tmp_path, args):
     file = saved(tmp_path / 'x.pth', whole_file(Attribute(*args)))

@@ -277,7 +277,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.inference_mode,
         partial(torch.autocast, 'cpu', torch.bfloat16),
     ],
-    ids=str,
+    ids=['meta', 'float64', 'bfloat16', 'FakeTensorMode', 'inference_mode', 'autocast'],
 )
 def test_what_is_set_elsewhere_does_not_matter_to_the_check(state: Callable, fresh: None, cpp: Path) -> None:
     with warnings.catch_warnings():
