@@ -11,7 +11,8 @@ ifeq ($(VENV),)
 $(error STACK=$(STACK) is unknown: default or openmmlab)
 endif
 RUN := $(VENV)/bin/python
-PYTEST := $(RUN) -m pytest --durations=15
+# Each test computes in one thread. ARGS="-n 0" runs all in one process, as a debugger needs it.
+PYTEST := $(RUN) -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal --durations=15
 
 export PYTHONUNBUFFERED := 1
 
