@@ -14,8 +14,12 @@ from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import triton
+import triton.language as tl
+
+from .checked_memory import checked_memory
 
 NAME = 'mmunireplknet.ops._interpreted_gpu'
 MODULES = ('toeplitz', 'layouts', 'tuning', 'convolution', 'gram', 'branches', 'statistics', 'block')
@@ -47,7 +51,7 @@ def _load_package() -> ModuleType:
 def interpreting() -> Iterator[None]:
     """Meanwhile functions like ``tl.sum``, which are kernels themselves, are interpreted, and cannot be compiled."""
     import triton.experimental.gluon  # imported at the first launch otherwise, and wants the functions compiled
-    from triton.runtime.interpreter import InterpretedFunction, _patch_lang
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle, _patch_lang
     from triton.runtime.jit import JITFunction
 
     def call(self: InterpretedFunction, *args: Any, **options: Any) -> Any:
@@ -59,8 +63,22 @@ def interpreting() -> Iterator[None]:
             changes.restore()
 
     language, standard = triton.language, triton.language.standard
-    with pytest.MonkeyPatch.context() as patch:
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def rounded(self: InterpreterBuilder, source: Any, target: Any) -> Any:
+        """As a GPU rounds to bfloat16; triton 3.7 cuts off."""
+        if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+            return TensorHandle(_to_bfloat16(source.data), tl.bfloat16)
+        return cast(self, source, target)
+
+    def multiplied(self: InterpreterBuilder, a: Any, b: Any, *rest: Any) -> Any:
+        """Numbers in bfloat16; triton 3.7 takes their bits for whole numbers."""
+        return dot(self, _widened(a), _widened(b), *rest)
+
+    with pytest.MonkeyPatch.context() as patch, checked_memory():
         patch.setattr(InterpretedFunction, '__call__', call)
+        patch.setattr(InterpreterBuilder, 'cast_impl', rounded)
+        patch.setattr(InterpreterBuilder, 'create_dot', multiplied)
         for name, function in list(vars(standard).items()):
             if isinstance(function, JITFunction):
                 mine = InterpretedFunction(function.fn)
@@ -68,3 +86,18 @@ def interpreting() -> Iterator[None]:
                 if getattr(language, name, None) is function:
                     patch.setattr(language, name, mine)
         yield
+
+
+def _to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """The bits of the nearest numbers, of two as near the even one; NaN stays NaN."""
+    bits = values.view(np.uint32)
+    nearest = (bits + ((bits >> 16) & 1) + 0x7FFF) >> 16
+    return np.where(np.isnan(values), (bits >> 16) | 0x40, nearest).astype(np.uint16)
+
+
+def _widened(handle: Any) -> Any:
+    from triton.runtime.interpreter import TensorHandle
+
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)

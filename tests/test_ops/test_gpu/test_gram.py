@@ -27,7 +27,7 @@ def check(gpu: SimpleNamespace, case: tuple, dtype: torch.dtype, shape: tuple[in
 
 
 @pytest.mark.parametrize(
-    ('case', 'dtype'), [((3, 1), torch.float32), ((5, 3), torch.float16), ((13, 1), torch.float16)], ids=str
+    ('case', 'dtype'), [((3, 1), torch.float32), ((5, 3), torch.bfloat16), ((13, 1), torch.float16)], ids=str
 )
 def test_is_the_gradient(gpu: SimpleNamespace, case: tuple, dtype: torch.dtype) -> None:
     check(gpu, case, dtype, SMALL)
