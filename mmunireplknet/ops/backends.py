@@ -6,8 +6,9 @@ A backend is a module with
 - ``weight_grad(x, grad, kernel, dilation)``, (C, 1, K, K) in float32;
 - ``supports(x, kernel, dilation)``, why it cannot do that, empty where it can;
 
-and may have ``block_supports`` with the ``block_*`` of the Dilated Reparam Block (see ``cpp``), and a ``forward`` that
-also sums (see ``compute_pooled``).
+and may have ``block_supports`` with the ``block_*`` of the Dilated Reparam Block (see ``cpp``, ``block_backends``), a
+``forward`` that also sums (see ``compute_pooled``), and ``divisions(function, x, dilation)``: itself, by label, with
+each division of its work that is worth timing, the first of which it takes where nothing is timed.
 
 ``torch`` is always there. ``cpp`` are the compiled CPU kernels in ``csrc/cpu``, ``cuda`` those in ``csrc/cuda``, built
 by ``setup.py`` or by ``python -m mmunireplknet.ops.build``; its ``why_not()`` says why they are not there. ``triton``
@@ -22,7 +23,7 @@ import importlib.util
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -35,11 +36,14 @@ __all__ = [
     'BACKENDS',
     'choose',
     'compute',
-    'compute_block',
     'compute_pooled',
+    'give_up',
+    'is_auto',
     'is_on_gpu',
+    'module_of',
     'require',
     'suits_cpp',
+    'why_no_block',
     'why_not',
 ]
 
@@ -48,8 +52,10 @@ Result = TypeVar('Result')
 BACKENDS = ('torch', 'cpp', 'triton', 'cuda')
 ON_GPU = ('cuda', 'triton')  # in the order in which they are taken where nothing is timed
 OLDEST = (8, 0)  # compute capability: bfloat16 and TF32 in tensor cores, asynchronous copies
+NO_MEMORY = 'there is too little memory left for the self-check.'
 _MODULES = {'triton': '.gpu.backend', 'cuda': '.cuda'}
 _checked: dict[tuple[str, int], str] = {}  # why not, by backend and GPU
+_postponed: set[tuple[str, int]] = set()  # for which there was too little memory to find out
 _warned: set[str] = set()
 
 
@@ -96,9 +102,7 @@ def _why_not_on_gpu(backend: str, device: torch.device | None) -> str:
     if _is_interpreted(backend):
         return ''
     index = torch.cuda.current_device() if device is None or device.index is None else device.index
-    if (backend, index) not in _checked:
-        _checked[backend, index] = _check_on_gpu(backend, torch.device('cuda', index))
-    return _checked[backend, index]
+    return _checked_on_gpu(backend, torch.device('cuda', index))
 
 
 @functools.cache
@@ -136,13 +140,31 @@ def _is_interpreted(backend: str) -> bool:
 
 def why_no_block(backend: str, device: torch.device) -> str:
     """Why ``backend``, whose convolutions work, cannot compute the block on a GPU; empty where it can."""
-    key = (f'{backend} block', device.index or 0)
+    return _checked_on_gpu(backend, device, 'block')
+
+
+def is_checked(backend: str, device: torch.device, part: str = 'convolutions') -> bool:
+    """Whether it is known if the 'convolutions' or the 'block' of ``backend`` work: to find out waits for the GPU."""
+    return _key(backend, device, part) in _checked
+
+
+def _key(backend: str, device: torch.device, part: str = 'convolutions') -> tuple[str, int]:
+    return (f'{backend} block' if part == 'block' else backend), device.index or 0
+
+
+def _checked_on_gpu(backend: str, device: torch.device, part: str = 'convolutions') -> str:
+    key = _key(backend, device, part)
     if key not in _checked:
-        _checked[key] = _check_on_gpu(backend, device, 'block')
+        reason = _check_on_gpu(backend, device, part)
+        if reason == NO_MEMORY:  # another time there may be more
+            _postponed.add(key)
+            return reason
+        _postponed.discard(key)
+        _checked[key] = reason
     return _checked[key]
 
 
-def _check_on_gpu(backend: str, device: torch.device, part: str = 'convolutions') -> str:
+def _check_on_gpu(backend: str, device: torch.device, part: str) -> str:
     capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
     if capability < OLDEST:
         found = '.'.join(map(str, capability))
@@ -150,6 +172,8 @@ def _check_on_gpu(backend: str, device: torch.device, part: str = 'convolutions'
     try:
         problem = self_check(backend, module_of(backend), device, part)
     except Exception as error:  # of triton's compiler, of the driver: whatever it is, torch computes without it
+        if fastest.is_out_of_memory(error):
+            return NO_MEMORY
         problem = f'the self-check on {name} failed: {type(error).__name__}: {error}'
     if problem:
         what = f'{backend} kernels of the Dilated Reparam Block' if part == 'block' else f'{backend} kernels'
@@ -221,33 +245,54 @@ def choose(
         return 'torch'  # the precision of references
     if reason := module_of(backend).supports(x, kernel, dilation):
         raise RuntimeError(f'backend {backend!r} cannot convolve this: {reason}')
+    if device == 'cuda' and do is not None and hasattr(module_of(backend), 'divisions'):
+        kind = fastest.kind_of(function, x, kernel, dilation)
+        if fastest.remembered(kind, backend) is None and fastest.may_time(x, kind):
+            fastest.find(kind, _candidates(backend, function, x, dilation, do), x.device, backend)
     return backend
 
 
 def _choose_on_gpu(x: Tensor, kernel: int, dilation: int, function: str, do: Callable[[Any], object] | None) -> str:
     kind = fastest.kind_of(function, x, kernel, dilation)
-    taken = fastest.remembered(kind)
+    taken = (fastest.remembered(kind) or '').partition(' ')[0]
     if taken == 'torch' or (taken and _suits(taken, kind, x, kernel, dilation)):
         return taken
     names = [name for name in ON_GPU if _suits(name, kind, x, kernel, dilation)]
-    if not names or do is None or not fastest.may_time(x):
+    postponed = any(_key(name, x.device) in _postponed for name in ON_GPU)  # what is timed without one would stay
+    if not names or do is None or postponed or not fastest.may_time(x, kind):
         return fastest.guess(function, kernel, names)
-    candidates = {name: functools.partial(do, module_of(name)) for name in (*names, 'torch')}
-    taken, errors = fastest.find(kind, candidates, x.device)
-    for name, error in errors.items():
-        _give_up(name, kind, error)
-    return taken
+    of_backends = {name: _candidates(name, function, x, dilation, do) for name in (*names, 'torch')}
+    candidates = {label: candidate for some in of_backends.values() for label, candidate in some.items()}
+    label, errors = fastest.find(kind, candidates, x.device)
+    for name, some in of_backends.items():
+        if some.keys() <= errors.keys():
+            give_up(name, kind, next(errors[label] for label in some))
+    return label.partition(' ')[0]
+
+
+def _candidates(
+    name: str, function: str, x: Tensor, dilation: int, do: Callable[[Any], object]
+) -> dict[str, Callable[[], object]]:
+    """What the backend ``name`` can be timed with, by label."""
+    module = module_of(name)
+    if not hasattr(module, 'divisions'):
+        return {name: functools.partial(do, module)}
+    divided = [*module.divisions(function, x, dilation).items()]
+    # As a part of something else that is timed one is enough: each takes seconds to compile.
+    return {
+        f'{name} {label}': functools.partial(do, part) for label, part in divided[: 1 if fastest.is_timing() else None]
+    }
 
 
 def _suits(name: str, kind: fastest.Kind, x: Tensor, kernel: int, dilation: int) -> bool:
-    if fastest.is_failed(kind, name) or (fastest.is_capturing() and (name, kind[0]) not in _checked):
+    if fastest.is_failed(kind, name) or (fastest.is_capturing(x.device) and not is_checked(name, x.device)):
         return False  # a check would wait for the GPU, which is an error while a graph is captured
     return not why_not(name, x.device) and not module_of(name).supports(x, kernel, dilation)
 
 
-def _give_up(name: str, kind: fastest.Kind, error: Exception) -> None:
-    """Have others do work of this kind from now on, and say so once for a backend."""
-    if isinstance(error, torch.cuda.OutOfMemoryError):
+def give_up(name: str, kind: fastest.Kind, error: Exception) -> None:
+    """Have others do work of this kind from now on, and say so once for a backend; not for want of memory."""
+    if fastest.is_out_of_memory(error):
         return  # another time there may be more
     fastest.mark_failed(kind, name)
     if name not in _warned:
@@ -272,14 +317,14 @@ def compute(do: Callable[[Any], Result], backend: str, function: str, x: Tensor,
         dilation: See there.
     """
     name = choose(backend, x, kernel, dilation, function, do)
-    if name not in ON_GPU or not _is_auto(backend):
+    if name not in ON_GPU or not is_auto(backend):
         return do(module_of(name))
     try:
         return do(module_of(name))
     except Exception as error:  # as in `_check_on_gpu`
-        if fastest.is_capturing():
+        if fastest.is_capturing(x.device):
             raise  # the graph is lost
-        _give_up(name, fastest.kind_of(function, x, kernel, dilation), error)
+        give_up(name, fastest.kind_of(function, x, kernel, dilation), error)
     return do(reference)
 
 
@@ -305,56 +350,6 @@ def _pools(forward: Callable) -> bool:
     return {'pooled', 'layout'} <= set(inspect.signature(forward).parameters)
 
 
-def compute_block(
-    name: str, plain: Callable[[], Result], backend: str, x: Tensor, kernel: Sequence[int], dilation: Sequence[int],
-    arguments: tuple,
-) -> Result:  # fmt: skip
-    """A function of the Dilated Reparam Block by the backend that has it, or layer by layer.
-
-    On a GPU nothing is timed: one pass over all branches keeps a seventh of the memory, whatever the time.
-
-    Args:
-        name: 'block_forward', 'block_stats', 'block_sums' or 'block_backward'.
-        plain: Computes it layer by layer.
-        backend: See ``choose``.
-        x: (N, C, H, W).
-        kernel: Of every branch.
-        dilation: Of every branch.
-        arguments: Of the function.
-    """
-    if not x.numel():
-        return plain()
-    for candidate in _with_block(backend, x, max(kernel)):
-        module = module_of(candidate)
-        if not hasattr(module, name) or module.block_supports(x, kernel, dilation):
-            continue
-        if x.device.type == 'cuda' and why_no_block(candidate, x.device):
-            continue
-        if candidate not in ON_GPU or not _is_auto(backend):
-            return getattr(module, name)(*arguments)
-        kind = fastest.kind_of(name, x, max(kernel), len(kernel))
-        if fastest.is_failed(kind, candidate):
-            continue
-        try:
-            return getattr(module, name)(*arguments)
-        except Exception as error:  # as in `_check_on_gpu`
-            if fastest.is_capturing():
-                raise
-            _give_up(candidate, kind, error)
-    return plain()
-
-
-def _with_block(backend: str, x: Tensor, kernel: int) -> list[str]:
-    """Backends that may have kernels for the block."""
-    if not is_on_gpu(x) or not _is_auto(backend):
-        return [choose(backend, x, kernel)]
-    if x.dtype == torch.float64:
-        return []
-    capturing = fastest.is_capturing()
-    known = [name for name in ON_GPU if not capturing or (f'{name} block', x.device.index or 0) in _checked]
-    return [name for name in known if not why_not(name, x.device)]
-
-
 def suits_cpp(x: Tensor) -> bool:
     """Whether the compiled CPU kernels are here, not switched off, and made for maps like ``x``."""
     return x.device.type == 'cpu' and x.dtype in cpp.DTYPES and _cpp_is_usable()
@@ -365,7 +360,8 @@ def is_on_gpu(x: Tensor) -> bool:
     return x.device.type == 'cuda'
 
 
-def _is_auto(backend: str) -> bool:
+def is_auto(backend: str) -> bool:
+    """Whether the choice is free."""
     return backend == 'auto' and _wanted() == 'auto'
 
 

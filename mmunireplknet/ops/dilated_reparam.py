@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import backends
+from .block_backends import compute_block
 from .depthwise import _library, _tags
 from .linear import autocast_device, once_differentiable, without_autocast
 from .moments import share_moments, sum_over_processes, var_mean
@@ -233,7 +233,7 @@ def _forward(
         return y.copy_(total), mean, var
 
     arguments = (x, weight, gamma, beta, kernel, dilation, eps)
-    return backends.compute_block('block_forward', plain, backend, x, kernel, dilation, arguments)
+    return compute_block('block_forward', plain, backend, x, kernel, dilation, arguments)
 
 
 @torch.library.register_fake('mmuni::dilated_reparam_forward', lib=_library)
@@ -258,7 +258,7 @@ def _stats(
         return mean, var
 
     arguments = (x, weight, branches, kernel, dilation, eps)
-    return backends.compute_block('block_stats', plain, backend, x, kernel, dilation, arguments)
+    return compute_block('block_stats', plain, backend, x, kernel, dilation, arguments)
 
 
 @torch.library.register_fake('mmuni::dilated_reparam_stats', lib=_library)
@@ -284,7 +284,7 @@ def _sums(
         return sum_gamma, sum_beta.copy_(values.sum((0, 2, 3)))
 
     arguments = (grad, x, weight, gamma, mean, var, kernel, dilation, eps)
-    return backends.compute_block('block_sums', plain, backend, x, kernel, dilation, arguments)
+    return compute_block('block_sums', plain, backend, x, kernel, dilation, arguments)
 
 
 @torch.library.register_fake('mmuni::dilated_reparam_sums', lib=_library)
@@ -304,7 +304,7 @@ def _backward(
     sums = (sum_gamma, sum_beta)
     arguments = (grad, x, weight, gamma, mean, var, *sums, count, needs_x, kernel, dilation, eps)
     plain = functools.partial(_backward_by_branch, *arguments, backend)
-    return backends.compute_block('block_backward', plain, backend, x, kernel, dilation, arguments)
+    return compute_block('block_backward', plain, backend, x, kernel, dilation, arguments)
 
 
 def _backward_by_branch(

@@ -1,6 +1,16 @@
+from collections.abc import Iterator
+
 import pytest
 
 from mmunireplknet.ops import build
+
+from .fake_gpu import FakeGPU, fake_gpu
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGPU]:
+    with fake_gpu(monkeypatch) as gpu:
+        yield gpu
 
 
 @pytest.fixture(params=['torch', 'cpp', 'auto'])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,7 +73,36 @@ class PoolingBackend(FakeBackend):
             operator = getattr(torch.ops.mmuni, name.replace('block', 'dilated_reparam'))
             return operator(*args, 'torch')
 
+        block.backend = self  # type: ignore[attr-defined]
         return block
+
+
+class DividedBackend(PoolingBackend):
+    """One with two divisions of its work, of which the first is its own choice.
+
+    Attributes:
+        failing: Labels of those that raise.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failing: set[str] = set()
+
+    def divisions(self, function: str, x: Tensor, dilation: int) -> dict[str, Any]:
+        return {
+            label: SimpleNamespace(
+                backend=self,
+                label=label,
+                forward=partial(self._divided, label, self.forward),
+                weight_grad=partial(self._divided, label, self.weight_grad),
+            )
+            for label in ('64', '16')
+        }
+
+    def _divided(self, label: str, function: Callable, *args: Any, **options: Any) -> Any:
+        if label in self.failing:
+            raise RuntimeError(f'out of registers with {label}')
+        return function(*args, **options)
 
 
 class FakeGPU:
@@ -79,18 +110,27 @@ class FakeGPU:
 
     def __init__(self) -> None:
         self.backends: dict[str, FakeBackend] = {'triton': PoolingBackend(), 'cuda': FakeBackend()}
-        self.milliseconds = {'triton': 2.0, 'cuda': 1.0, 'torch': 3.0}
+        self.milliseconds = {
+            'triton': 2.0, 'triton 64': 2.0, 'triton 16': 2.5, 'cuda': 1.0, 'torch': 3.0, 'branches': 4.0,
+        }  # fmt: skip
         self.timed: list[str] = []
 
-    def name_of(self, module: Any) -> str:
-        return next((name for name, backend in self.backends.items() if backend is module), 'torch')
+    def label_of(self, candidate: Any) -> str:
+        """That of a partial, of something for its module, or of a function of the block; all others are branches."""
+        function = getattr(candidate, 'func', None)
+        module = getattr(function, 'backend', None) or next(iter(getattr(candidate, 'args', ())), None)
+        if module is reference:
+            return 'torch'
+        owner = getattr(module, 'backend', module)
+        name = next((name for name, backend in self.backends.items() if backend is owner), 'branches')
+        return f'{name} {module.label}' if hasattr(module, 'label') else name
 
-    def time(self, candidate: Any, device: torch.device) -> float:
-        """In place of the GPU's clock; a candidate is a partial with the module as its only argument."""
-        name = self.name_of(candidate.args[0])
-        self.timed.append(name)
+    def time(self, candidate: Any, device: torch.device, limit: float) -> float:
+        """In place of the GPU's clock."""
+        label = self.label_of(candidate)
+        self.timed.append(label)
         candidate()
-        return self.milliseconds[name]
+        return self.milliseconds[label]
 
     def calls(self) -> dict[str, list[str]]:
         """What each backend was asked for since the last time."""
@@ -108,9 +148,10 @@ def fake_gpu(patch: pytest.MonkeyPatch) -> Iterator[FakeGPU]:
     patch.setattr(backends, '_why_not_on_gpu', lambda name, device: '' if name in gpu.backends else 'it is gone.')
     patch.setattr(backends, 'is_on_gpu', lambda x: x.device.type in ('cpu', 'cuda'))
     patch.setattr(backends, '_warned', set())
+    patch.setattr(backends, '_postponed', set())
     patch.setattr(backends, '_checked', {(f'{name}{part}', 0): '' for name in gpu.backends for part in ('', ' block')})
     patch.setattr(fastest, '_milliseconds', gpu.time)
-    patch.delenv('MMUNI_DW_TUNE', raising=False)
+    patch.setenv('MMUNI_DW_TUNE', '1')  # nothing is written
     fastest.clear()
     yield gpu
     fastest.clear()

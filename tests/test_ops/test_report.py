@@ -154,7 +154,7 @@ def test_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> 
     monkeypatch.setattr(report, 'GPU_SHAPES', ((2, 4, 9, 8),))
     monkeypatch.setattr(report, '_note', lambda name: '')
     with fake_gpu(monkeypatch) as gpu:
-        monkeypatch.setattr(fastest, 'is_capturing', lambda: False)
+        monkeypatch.setattr(fastest, 'is_capturing', lambda *_: False)
         gpu.milliseconds['triton'] = 0.5
         monkeypatch.setattr(report, '_choices', lambda device: 'choices\n')
         report.main([])

@@ -164,6 +164,7 @@ def forward(
     flipped: bool = False,
     pooled: bool = False,
     layout: torch.memory_format | None = None,
+    config: Config | None = None,
 ) -> Any:
     """Depthwise convolution of stride 1 that keeps the size of the map, summed in float32.
 
@@ -179,11 +180,14 @@ def forward(
         flipped: Whether to turn the kernel by 180 degrees, which makes this the input gradient.
         pooled: Whether to return the sums of the planes as well.
         layout: ``torch.contiguous_format`` or ``torch.channels_last`` for the output, None for that of ``x``.
+        config: Division of the work; None for what ``tuning`` chooses.
 
     Returns:
         (N, C, H, W) in the dtype of ``x``; with ``pooled`` also (N, C) in float32, of the sums before rounding.
     """
-    config = tuning.choose('forward', x, weight.shape[-1], dilation)
+    if config is None:
+        function = 'input_grad' if flipped else 'pooled' if pooled else 'forward'
+        config = tuning.choose(function, x, weight.shape[-1], dilation)
     return convolve(x, weight, bias, dilation, flipped, pooled, layout, config)
 
 

@@ -125,7 +125,7 @@ def _collect(  # type: ignore[no-untyped-def]
     tl.store(out + channel * (KERNEL * KERNEL) + tap, total, mask=ky < KERNEL)
 
 
-def weight_grad(x: Tensor, grad: Tensor, kernel: int, dilation: int) -> Tensor:
+def weight_grad(x: Tensor, grad: Tensor, kernel: int, dilation: int, config: Config | None = None) -> Tensor:
     """Gradient for the weight of the depthwise convolution, summed in float32 in a fixed order.
 
     Factors in float32 are rounded as in ``convolution.forward``.
@@ -135,11 +135,13 @@ def weight_grad(x: Tensor, grad: Tensor, kernel: int, dilation: int) -> Tensor:
         grad: (N, C, H, W), the gradient of the output.
         kernel: Size K of the kernel.
         dilation: Pixels between neighbouring taps.
+        config: Division of the work; None for what ``tuning`` chooses.
 
     Returns:
         (C, 1, K, K) in float32.
     """
-    config = tuning.choose('weight_grad', x, kernel, dilation)
+    if config is None:
+        config = tuning.choose('weight_grad', x, kernel, dilation)
     return multiply(x, grad.to(x.dtype), kernel, dilation, config)
 
 
