@@ -73,7 +73,7 @@ class SyncBatchNorm(_BatchNorm):
 
 @torch.no_grad()
 def update_running_statistics(
-    norms: Sequence[_BatchNorm], means: Sequence[Tensor], variances: Sequence[Tensor], count: int
+    norms: Sequence[_BatchNorm], means: Sequence[Tensor], variances: Sequence[Tensor], count: int | Tensor
 ) -> None:
     """Update the running statistics of BN layers as their own forward passes do.
 
@@ -81,9 +81,10 @@ def update_running_statistics(
         norms: Layers; those in evaluation, or without running statistics, are left alone.
         means: (C,) each, of the batch.
         variances: (C,) each, of the batch, biased.
-        count: From how many values a channel; of 0 there is nothing to learn, but the batch is counted.
+        count: From how many values a channel; of 0 there is nothing to learn, but the batch is counted. A tensor stays
+            where it is: nobody waits for it.
     """
-    unbiased = count / max(count - 1, 1)
+    unbiased = count.double() / (count - 1).clamp_min(1) if isinstance(count, Tensor) else count / max(count - 1, 1)
     groups: dict[float, list[tuple[Any, Tensor, Tensor]]] = {}
     for norm, mean, var in zip(norms, means, variances, strict=True):
         if norm.training and norm.track_running_stats and norm.running_mean is not None:
@@ -91,13 +92,22 @@ def update_running_statistics(
             factor = norm.momentum
             if factor is None:
                 factor = 0.0 if tracked is None else 1.0 / float(tracked)
-            if count:
+            if isinstance(count, Tensor) or count:
                 groups.setdefault(factor, []).append((norm, mean.to(norm.running_mean.dtype), var * unbiased))
     for factor, group in groups.items():
-        torch._foreach_lerp_([norm.running_mean for norm, *_ in group], [mean for _, mean, _ in group], factor)
-        torch._foreach_lerp_(
-            [norm.running_var for norm, *_ in group], [var.to(norm.running_var.dtype) for norm, _, var in group], factor
-        )
+        _approach([norm.running_mean for norm, *_ in group], [mean for _, mean, _ in group], factor, count)
+        variances = [var.to(norm.running_var.dtype) for norm, _, var in group]
+        _approach([norm.running_var for norm, *_ in group], variances, factor, count)
+
+
+def _approach(kept: list[Tensor], found: list[Tensor], factor: float, count: int | Tensor) -> None:
+    """Move each of ``kept`` towards what was ``found``, but not where that is of no values."""
+    if not isinstance(count, Tensor):
+        torch._foreach_lerp_(kept, found, factor)
+        return
+    step = (count > 0).to(kept[0].dtype) * factor
+    torch._foreach_mul_(kept, 1 - step)
+    torch._foreach_add_(kept, torch._foreach_mul(found, step))
 
 
 class FrozenRunningStatistics:

@@ -38,7 +38,7 @@ def dilated_reparam_conv(
     eps: Sequence[float],
     process_group: dist.ProcessGroup | None = None,
     backend: str = 'auto',
-) -> tuple[Tensor, Tensor, Tensor, int]:
+) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:
     """``sum_b batch_norm(depthwise_conv2d(x, w_b, dilation_b), gamma_b, beta_b)`` with the statistics of the batch.
 
     Gradients are exact for ``x``, every weight, gamma and beta; they cannot be differentiated again.
@@ -56,11 +56,11 @@ def dilated_reparam_conv(
 
     Returns:
         y (N, C, H, W) like ``x``; mean and biased variance, (branches, C), without gradient; how many values of a
-        channel they were taken from.
+        channel they were taken from, which over several processes with GPUs is a tensor there.
 
     Raises:
         ValueError: Arguments that do not fit; or there is one value a channel in all processes, of which no variance
-            can be taken. (None at all gives an empty map.)
+            can be taken; see ``share_moments``. (None at all gives an empty map.)
     """
     _check(x, weights, dilations, gammas, betas, eps)
     device = autocast_device(x)
@@ -146,16 +146,17 @@ class _DilatedReparam(torch.autograd.Function):
         eps: list[float],
         group: dist.ProcessGroup | None,
         backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, int]:
+    ) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:
         static = (kernels, dilations, eps, backend)
-        count = x.numel() // x.shape[1]
+        count: int | Tensor = _values(x)
         if group is None:
             y, mean, var = torch.ops.mmuni.dilated_reparam_forward(x, weight, gamma, beta, *static)
         else:
             mean, var = torch.ops.mmuni.dilated_reparam_stats(x, weight, gamma.shape[0], *static)
-            mean, var, count = share_moments(mean, var, count, group)
+            mean, var, count = share_moments(mean, var, _values(x), group)
             mean, var = mean.to(gamma.dtype), var.to(gamma.dtype)
-            scales = gamma * torch.rsqrt(var + var.new_tensor(eps)[:, None])
+            # Without a tensor made of a list: a GPU would be waited for.
+            scales = gamma * torch.rsqrt(torch.cat(torch._foreach_add(var.split(1), eps)))
             merged = merge_branches(_split(weight, kernels), dilations, scales)
             y = torch.ops.mmuni.depthwise_conv2d(x, merged, beta - (scales * mean).sum(0), 1, backend)
         ctx.save_for_backward(x, weight, gamma, mean, var)
@@ -170,17 +171,27 @@ class _DilatedReparam(torch.autograd.Function):
         x, weight, gamma, mean, var = ctx.saved_tensors
         tensors = (grad, x, weight, gamma, mean, var)
         sums: tuple[Tensor | None, Tensor | None] = (None, None)
+        count: int | Tensor = ctx.count
         if ctx.group is not None:
             local = torch.ops.mmuni.dilated_reparam_sums(*tensors, *ctx.static)
             flat = sum_over_processes(torch.cat([t.flatten() for t in local]), ctx.group)
+            if isinstance(count, Tensor):  # the operator divides the sums by a number that is at hand
+                here = max(_values(x), 1)
+                flat = flat * (here / count.double().clamp_min(1))
+                count = here
             sums = (flat[: gamma.numel()].view_as(gamma), flat[gamma.numel() :])
         grad_x, grad_weight, grad_gamma, grad_beta = torch.ops.mmuni.dilated_reparam_backward(
-            *tensors, *sums, float(ctx.count), ctx.needs_input_grad[0], *ctx.static
+            *tensors, *sums, float(count), ctx.needs_input_grad[0], *ctx.static
         )
         if ctx.group is not None:
             # What the others contribute to these parameters, they hold themselves: DDP adds it.
             grad_gamma, grad_beta = local
         return (grad_x if ctx.needs_input_grad[0] else None, grad_weight, grad_gamma, grad_beta, *(None,) * 5)
+
+
+def _values(x: Tensor) -> int:
+    """How many values a channel of ``x`` has in this process."""
+    return x.numel() // x.shape[1]
 
 
 def _split(weight: Tensor, kernels: Sequence[int]) -> list[Tensor]:

@@ -120,7 +120,7 @@ class Statistics(NamedTuple):
 def normalize(
     x: Tensor, weight: Tensor, bias: Tensor, statistics: Statistics, multiplier: Tensor | None = None,
     residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:  # fmt: skip
     """``BN(x) * multiplier + residual``.
 
     Args:
@@ -141,7 +141,7 @@ def normalize(
 def gate(
     x: Tensor, weight: Tensor, bias: Tensor, statistics: Statistics,
     down: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:  # fmt: skip
     """Squeeze-and-Excitation of ``BN(x)``: ``b * sigmoid(up(relu(down(mean(b)))))`` with b = BN(x).
 
     Args:
@@ -162,13 +162,14 @@ class _Moments(NamedTuple):
     mean: Tensor  # (C,), to normalize with
     inverse: Tensor  # (C,), of the standard deviation
     image_mean: Tensor  # (N, C), empty if not asked for
-    pixels: int  # values of a channel in all processes
+    pixels: int | Tensor  # values of a channel in all processes
 
 
 def _moments(x: Tensor, statistics: Statistics, need_image_mean: bool) -> tuple[_Moments, Tensor]:
     """What the backward pass needs, too, and the variance (C,)."""
     pixels = x.shape[1] * x.shape[2]
-    count, group = x.shape[0] * pixels, statistics.group
+    count: int | Tensor = x.shape[0] * pixels
+    group = statistics.group
     if statistics.mean is not None and statistics.var is not None:
         mean, var = statistics.mean.float(), statistics.var.float()
         image_mean = _sums(x)[0] / pixels if need_image_mean else mean.new_empty(0)
@@ -185,7 +186,7 @@ def _moments(x: Tensor, statistics: Statistics, need_image_mean: bool) -> tuple[
         offset = first / count
         mean, var = offset + pivot, (second / count - offset.square()).clamp_min(0)
         if group is not None:
-            mean, var, count = share_moments(mean, var, count, group)
+            mean, var, count = share_moments(mean, var, x.shape[0] * pixels, group)
         mean, var = mean.float(), var.float()
     return _Moments(mean, torch.rsqrt(var + statistics.eps), image_mean, count), var
 
@@ -228,7 +229,7 @@ class _Normalize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, statistics: Statistics, multiplier: Tensor | None,
         residual: Tensor | None, keep: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:  # fmt: skip
         m, var = _moments(x, statistics, need_image_mean=False)
         scale = (weight * m.inverse).expand(x.shape[0], -1)
         shift = (bias - m.mean * weight * m.inverse).expand_as(scale)
@@ -258,7 +259,7 @@ class _Gate(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, statistics: Statistics,
         down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:  # fmt: skip
         m, var = _moments(x, statistics, need_image_mean=True)
         gain = weight * m.inverse
         pooled = gain * (m.image_mean - m.mean) + bias

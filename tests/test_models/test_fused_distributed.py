@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmunireplknet.models import norms
 from mmunireplknet.models.dilated_reparam import DilatedReparamBlock
+from mmunireplknet.ops import moments
 
 from ..procedural import image, randomise
 from .fused_cases import DIM, Results, block, differences, figures, layered, results, small
@@ -31,6 +33,7 @@ class Case(NamedTuple):
     reductions: tuple[int, int] = (1, 1)  # forward, backward; but for those of DDP, which are not of this package
     parallel: bool = False
     hooked: str = ''  # a layer with a hook in the second process, which then computes layer by layer
+    at_hand: bool = True  # whether the counts can be looked at, as on the CPU, or stay where they are, as on a GPU
 
 
 def dilated(**options: Any) -> DilatedReparamBlock:
@@ -58,6 +61,13 @@ def cases() -> dict[str, Case]:
         'plain block, one empty': Case(block(3, norm_cfg=SYNC), x, (4, 0), (2, 2)),
         'DDP, one empty': Case(small(norm_cfg=SYNC), image((4, 3, 64, 64)), (4, 0), backbone, parallel=True),
         'block, hook in one': Case(block(13, norm_cfg=SYNC), x, reductions=blocks, hooked='norm'),
+        'dilated, as on a GPU': Case(dilated(), x + 30, (3, 1), at_hand=False),
+        'dilated, float64, as on a GPU': Case(dilated().double(), x.double(), (1, 3), at_hand=False),
+        'dilated, one empty, as on a GPU': Case(dilated(), x, (4, 0), at_hand=False),
+        'block, as on a GPU': Case(block(13, norm_cfg=SYNC, with_cp=True), x, (1, 3), (3, 6), at_hand=False),
+        'block, hook in one, as on a GPU': Case(
+            block(13, norm_cfg=SYNC), x, reductions=blocks, hooked='norm', at_hand=False
+        ),
         'BN': Case(block(13), x, reductions=(0, 0)),  # which two processes must not get right
     }
 
@@ -93,12 +103,16 @@ def work(rank: int, folder: str) -> None:
         model = DistributedDataParallel(case.model) if case.parallel else case.model
         if rank and case.hooked:
             case.model.get_submodule(case.hooked).register_forward_hook(lambda *_: None)
+        moments._is_at_hand = lambda _, at_hand=case.at_hand: at_hand
         calls.clear()
         found = two_steps(model, case.x, rows, len(case.x))
         counts = calls.count('forward') / 2, calls.count('backward') / 2
         grads = {n: g * 2 if case.parallel else g for n, g in found.grads.items()}  # DDP has averaged them
         torch.save(dict(found._replace(grads=grads)._asdict(), counts=counts), f'{folder}/{name}-{rank}.pth')
+    moments._is_at_hand = lambda _: True
     torch.save([few_values(model, rank) for model in few_value_models()], f'{folder}/few-{rank}.pth')
+    moments._is_at_hand = lambda _: False
+    torch.save([few_values(model, rank) for model in few_value_models()], f'{folder}/few-gpu-{rank}.pth')
     dist.destroy_process_group()
 
 
@@ -109,8 +123,10 @@ def few_value_models() -> list[nn.Module]:
 
 def few_values(model: nn.Module, rank: int) -> tuple[str, list[Tensor]]:
     """What is raised for a single value in the first process, and the buffers after a step without any."""
+    said = ''
     try:
-        model(torch.ones(1 - rank, DIM, 1, 1))
+        y = copy.deepcopy(model)(torch.ones(1 - rank, DIM, 1, 1))
+        assert y.isfinite().all()
     except ValueError as error:
         said = str(error)
     x = torch.ones(0, DIM, 5, 5, requires_grad=True)
@@ -157,13 +173,14 @@ def test_all_reduces(name: str, folder: Path) -> None:
         assert tuple(counts) == cases()[name].reductions
 
 
-def test_few_values(folder: Path) -> None:
-    """One in all processes raises in each of them; none at all leaves the running statistics alone."""
+@pytest.mark.parametrize('file', ['few', 'few-gpu'])
+def test_few_values(folder: Path, file: str) -> None:
+    """One in all processes raises in each of them, but on a GPU; none at all leaves the running statistics alone."""
     for rank in range(2):
-        found = torch.load(folder / f'few-{rank}.pth', weights_only=True)
+        found = torch.load(folder / f'{file}-{rank}.pth', weights_only=True)
         for (said, buffers), model in zip(found, few_value_models(), strict=True):
-            assert 'more than 1 value per channel' in said
-            assert 'in all processes' in said
+            assert ('more than 1 value per channel' in said) == (file == 'few')
+            assert ('in all processes' in said) == (file == 'few')
             for (name, before), after in zip(model.named_buffers(), buffers, strict=True):
                 assert 'tracked' in name or torch.equal(before, after)
 

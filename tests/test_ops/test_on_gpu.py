@@ -218,9 +218,47 @@ def test_auto_times_and_remembers() -> None:
     kind = fastest.kind_of('forward', x, 13, 1)
     assert fastest.remembered(kind) is None
     depthwise_conv2d(x, weight)
-    taken = fastest.remembered(kind)
+    taken = (fastest.remembered(kind) or '').partition(' ')[0]
     assert taken in ('torch', 'triton', 'cuda')
     assert backends.choose('auto', x, 13) == taken
+    divisions = backends.module_of('triton').divisions('forward', x, 1)
+    assert fastest.division(kind, 'triton') in divisions
+    assert {f'triton {label}' for label in divisions} | {'torch'} <= fastest._times[kind].keys()
+
+
+def test_a_second_start_times_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A block, forward and backward, with everything that is timed as a part of it."""
+    monkeypatch.setenv('MMUNI_DW_TUNE', str(tmp_path / 'fastest.jsonl'))
+    inputs = reparam_cases.inputs_of(reparam_cases.Case('13', (20, 21), 9)).to(DEVICE)
+    fastest.clear()
+    for _ in range(3):
+        reparam_cases.differentiate(dilated_reparam_conv, inputs)
+    before = (tmp_path / 'fastest.jsonl').read_text()
+    assert 'block_forward' in before
+    assert 'block_backward' in before
+    fastest.clear()
+    monkeypatch.setattr(fastest, '_milliseconds', lambda *_: pytest.fail('it was timed again'))
+    reparam_cases.differentiate(dilated_reparam_conv, inputs)
+    assert (tmp_path / 'fastest.jsonl').read_text() == before
+
+
+@pytest.mark.parametrize('milliseconds', [0.001, 1000.0])
+def test_a_block_by_branches_and_fused(milliseconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever was the fastest, it is right."""
+    case = reparam_cases.Case('13', (20, 21), 9)
+    inputs = reparam_cases.inputs_of(case).to(DEVICE)
+    backends.why_not('triton')
+    fastest.clear()
+    kernel = [w.shape[-1] for w in inputs.weights]
+    for function in ('block_forward', 'block_sums', 'block_backward'):
+        kind = fastest.kind_of(function, inputs.x, max(kernel), len(kernel))
+        for label in ('triton', fastest.BRANCHES):
+            fastest._learn(kind, label, 1.0 if label == 'triton' else milliseconds)
+    found = reparam_cases.differentiate(dilated_reparam_conv, inputs)
+    taken = fastest.remembered(fastest.kind_of('block_forward', inputs.x, max(kernel), len(kernel)))
+    assert taken == ('triton' if milliseconds > 1 else fastest.BRANCHES)
+    wrong = reparam_cases.errors({name: [t.cpu() for t in tensors] for name, tensors in found.items()}, case)
+    assert max(wrong.values()) < 3e-5, wrong
 
 
 @pytest.fixture
@@ -228,6 +266,30 @@ def nccl(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group('nccl', init_method=(tmp_path / 'store').as_uri(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+def test_synchronised_statistics_wait_for_nothing(backend: str, nccl: None) -> None:
+    """Neither forward nor backward, so that both can be captured."""
+    case = reparam_cases.Case('13', (20, 21), 9)
+    inputs = reparam_cases.inputs_of(case).to(DEVICE)
+    function = lambda *args: dilated_reparam_conv(*args, dist.group.WORLD, backend)  # noqa: E731
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        reparam_cases.differentiate(function, inputs)
+        torch.cuda.set_sync_debug_mode('error')
+        try:
+            reparam_cases.differentiate(function, inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = reparam_cases.differentiate(function, inputs)
+    graph.replay()
+    torch.cuda.synchronize()
+    found = reparam_cases.errors({name: [t.cpu() for t in tensors] for name, tensors in results.items()}, case)
+    assert max(found.values()) < 3e-5, found
 
 
 def test_distributed(backend: str, nccl: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,13 +307,14 @@ def test_distributed(backend: str, nccl: None, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_memory_of_the_block(dtype: torch.dtype, backend: str) -> None:
-    """Forward and backward take less than half of what it takes branch after branch.
+def test_memory_of_the_block(dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward take less than half of what it takes branch after branch, where nothing is timed.
 
     Of a map of 32 MiB: what the input gradient keeps of some channels is as much, however small the map.
     """
     if backend != 'auto' and not hasattr(backends.module_of(backend), 'block_forward'):
         pytest.skip(f'{backend} has no kernels for the block, and takes branch after branch')
+    monkeypatch.setenv('MMUNI_DW_TUNE', '0')
     case = reparam_cases.Case('13', (128, 128), 128, 8, dtype=dtype)
     inputs = reparam_cases.inputs_of(case).to(DEVICE)
     peaks = []
