@@ -40,7 +40,10 @@ TORCH_TARGET = '-DTORCH_TARGET_VERSION=0x020a000000000000'
 CUDA_FOLDER = Path('/usr/local/cuda')  # of CUDA's own installer, which leaves it to the user to put it into PATH
 # A100, H100, and whatever comes after them by way of PTX. What is built for 8.0 runs on 8.6 and 8.9 too.
 ARCHITECTURES = '8.0;9.0+PTX'
+# Besides, where nvcc knows it: GPUs in workstations, whose drivers are often older than nvcc and refuse its PTX.
+NEWER, KNOWS_NEWER = ';12.0', (12, 8)
 OLDEST = 8
+COMPILER_BYTES = 2**29  # of memory that one takes at most: nvcc's steps were seen to take 130 MiB, g++ 170
 # Names of generations that TORCH_CUDA_ARCH_LIST may have instead, as torch reads them.
 GENERATIONS = {
     'Volta': '7.0+PTX',
@@ -70,7 +73,7 @@ def library_name(kind: str = 'cpu') -> str:
     """
     parts = [f'mmuni_{kind}', fingerprint(kind)]
     if kind == 'cuda':
-        # Of -gencode=arch=compute_90,code=sm_90 what follows code=, and native of -arch=native.
+        # Of -gencode=arch=compute_90,code=sm_90 what follows code=.
         targets = {flag.rpartition('=')[2].replace('_', '').replace('compute', 'ptx') for flag in architectures()}
         parts += [f'cu{_cuda_of_torch()}', *sorted(targets)]
     return '-'.join([*parts, platform.machine()]) + '.so'
@@ -96,11 +99,13 @@ def library_file(kind: str = 'cpu', others: bool = True) -> Path | None:
             found += sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)
         except (OSError, RuntimeError):  # a user without a home, or whose home may not be read; no sources
             continue
+    if others and len(found) < 2:  # without asking nvcc and the GPUs for the name
+        return found[0] if found else None
     try:
         name = library_name(kind)
     except (OSError, RuntimeError):
         name = ''
-    return next((file for file in found if file.name == name), found[0] if found and others else None)
+    return next((file for file in found if file.name == name), found[0] if others else None)
 
 
 def compiler() -> list[str]:
@@ -111,34 +116,57 @@ def compiler() -> list[str]:
     return [found] if found else []
 
 
-def nvcc() -> str:
-    """CUDA's compiler: of ``CUDA_HOME``, ``PATH``, the package nvidia-cuda-nvcc, or CUDA's own folder; '' for none."""
+def nvccs() -> dict[str, tuple[int, int] | str]:
+    """CUDA's compilers and their releases, the first to be taken first; what one says instead where it names none.
+
+    They are looked for in ``CUDA_HOME`` (or ``CUDA_PATH``), ``PATH``, the package nvidia-cuda-nvcc and CUDA's own
+    folder.
+    """
     home = os.environ.get('CUDA_HOME') or os.environ.get('CUDA_PATH')
-    if home and Path(home, 'bin', 'nvcc').exists():
-        return str(Path(home, 'bin', 'nvcc'))
-    if found := shutil.which('nvcc'):
-        return found
     spec = importlib.util.find_spec('nvidia')
-    folders = [] if spec is None else spec.submodule_search_locations or []
-    files = [f for folder in folders for f in Path(folder).glob('cu[0-9]*/bin/nvcc')] or [CUDA_FOLDER / 'bin' / 'nvcc']
-    return max((str(f) for f in files if f.exists()), default='')
+    packages = [] if spec is None else spec.submodule_search_locations or []
+    bundled = sorted((f for folder in packages for f in Path(folder).glob('cu[0-9]*/bin')), reverse=True)
+    folders = [Path(home, 'bin')] if home else []
+    folders += [Path(folder) for folder in os.environ.get('PATH', '').split(os.pathsep) if folder]
+    folders += [*bundled, CUDA_FOLDER / 'bin']
+    found = (shutil.which('nvcc', path=str(folder)) for folder in folders)
+    return {command: _release_of(command) for command in dict.fromkeys(found) if command}
+
+
+def _release_of(command: str) -> tuple[int, int] | str:
+    try:
+        done = subprocess.run([command, '--version'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as error:
+        return f'{command} cannot be run: {error}'
+    found = re.search(r'release (\d+)\.(\d+)', done.stdout)
+    return (int(found[1]), int(found[2])) if found else f'{command} --version names no release: {done.stdout.strip()!r}'
+
+
+def nvcc() -> tuple[str, tuple[int, int]]:
+    """The first of ``nvccs`` with the major version of CUDA that torch has, any where it has none; '' for none."""
+    wanted = _cuda_of_torch()
+    usable = ((command, release) for command, release in nvccs().items() if isinstance(release, tuple))
+    return next((found for found in usable if wanted in ('', str(found[1][0]))), ('', (0, 0)))
 
 
 def architectures() -> list[str]:
     """What nvcc is to make machine code for, from ``TORCH_CUDA_ARCH_LIST`` as torch has it.
 
     Raises:
-        RuntimeError: It names something else, or only GPUs that are too old.
+        OSError: The default depends on torch's CUDA, and torch cannot be read.
+        RuntimeError: It names something else, only GPUs that are too old, or those of a machine that has none.
     """
-    wish = os.environ.get('TORCH_CUDA_ARCH_LIST') or ARCHITECTURES
-    if wish.strip() == 'native':
-        return ['-arch=native']
+    given = wish = os.environ.get('TORCH_CUDA_ARCH_LIST', '').strip()
+    if given == 'native':
+        wish = ';'.join(_gpus())
+        given = f'native, which is {wish} here'
+    wish = wish or ARCHITECTURES + (NEWER if nvcc()[1] >= KNOWS_NEWER else '')
     flags = []
     for name in re.split(r'[;,\s]+', re.sub(r'[A-Z][a-z]+', lambda word: GENERATIONS.get(word[0], word[0]), wish)):
         found = re.fullmatch(r'(\d+)\.(\d[af]?)(\+PTX)?', name)
         if found is None and name:
             raise RuntimeError(
-                f'TORCH_CUDA_ARCH_LIST={wish}: {name!r} is no architecture; write it as {ARCHITECTURES}.'
+                f'TORCH_CUDA_ARCH_LIST={given}: {name!r} is no architecture; write it as {ARCHITECTURES}.'
             )
         if found is None or int(found[1]) < OLDEST:  # it may be a list for everything in a container
             continue
@@ -146,8 +174,24 @@ def architectures() -> list[str]:
         for code in ('sm', 'compute') if found[3] else ('sm',):
             flags.append(f'-gencode=arch=compute_{number},code={code}_{number}')
     if not flags:
-        raise RuntimeError(f'TORCH_CUDA_ARCH_LIST={wish}: the CUDA kernels take {OLDEST}.0 (Ampere) and newer.')
-    return flags
+        raise RuntimeError(f'TORCH_CUDA_ARCH_LIST={given}: the CUDA kernels take {OLDEST}.0 (Ampere) and newer.')
+    return list(dict.fromkeys(flags))
+
+
+def _gpus() -> list[str]:
+    """Compute capabilities of the GPUs here, by the driver's own program: this process does not start CUDA."""
+    command = ['nvidia-smi', '--query-gpu=compute_cap', '--format=csv,noheader']
+    try:
+        said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+    except OSError as error:
+        said = str(error)
+    found = sorted(set(re.findall(r'^\d+\.\d$', said, re.MULTILINE)), key=float)
+    if not found:
+        raise RuntimeError(
+            f'TORCH_CUDA_ARCH_LIST=native: no GPU is seen here, {said.strip()!r}; name those to build for, as in '
+            f'{ARCHITECTURES}.'
+        )
+    return found
 
 
 def why_not(kind: str = 'cpu') -> str:
@@ -175,19 +219,13 @@ def _why_no_cuda(version: str) -> str:
         return f'torch {version} has no CUDA.'
     if not any(CUDA_SOURCES.glob('*.cu')):
         return f'their sources are missing in {CUDA_SOURCES}.'
-    command = nvcc()
-    if not command:
-        return f'there is no nvcc (install CUDA {wanted} or the package nvidia-cuda-nvcc, or set CUDA_HOME).'
-    try:
-        done = subprocess.run([command, '--version'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    except OSError as error:
-        return f'{command} cannot be run: {error}.'
-    release = re.search(r'release (\d+)\.', done.stdout)
-    if release is None:
-        return f'{command} --version names no release: {done.stdout.strip()[:200]!r}.'
-    if release[1] != wanted:
-        return f'{command} is of CUDA {release[1]}, torch {version} of CUDA {wanted}; they must have the same number.'
-    return ''
+    if nvcc()[0]:
+        return ''
+    seen = ', '.join(f'{name} of {of[0]}.{of[1]}' if isinstance(of, tuple) else of for name, of in nvccs().items())
+    return (
+        f'there is no nvcc of CUDA {wanted}, which torch {version} is for{f" (seen: {seen})" if seen else ""}; install '
+        f'CUDA {wanted} (pip has that of 13 and newer: nvidia-cuda-nvcc=={wanted}.*), or set CUDA_HOME to where it is.'
+    )
 
 
 def _cuda_of_torch() -> str:
@@ -195,6 +233,15 @@ def _cuda_of_torch() -> str:
     said = (_torch_folder() / 'version.py').read_text()
     found = re.search(r"^cuda\b[^=]*= *'(\d+)", said, re.MULTILINE)
     return found[1] if found else ''
+
+
+def jobs() -> int:
+    """Compilers to run at once: ``MAX_JOBS``, as for torch's extensions, or one a core that there is memory for."""
+    if (wish := os.environ.get('MAX_JOBS', '')).isdigit() and int(wish):
+        return int(wish)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    return max(1, min(cores, memory // COMPILER_BYTES))
 
 
 def build(folder: Path | None = None, kind: str = 'cpu') -> Path:
@@ -233,7 +280,8 @@ def compile_library(library: Path, kind: str) -> None:
     if kind == 'cuda':
         # nvcc brings CUDA's runtime into the library, which then needs no other; -ccbin takes one word.
         host = ['-allow-unsupported-compiler', *(['-ccbin', compiler()[0]] if len(compiler()) == 1 else [])]
-        compile_cu, link = [nvcc(), *NVCC_FLAGS, *host, *architectures()], [nvcc(), '-shared', *host]
+        command, _ = nvcc()
+        compile_cu, link = [command, *NVCC_FLAGS, *host, *architectures()], [command, '-shared', *host]
         # Where torch has no CUDA, as in tests, the library lacks the one function of torch_cuda that it calls.
         link_cuda = ['-ltorch_cuda'] if (root / 'lib' / 'libtorch_cuda.so').exists() else []
     sources = sorted(f for f in (CUDA_SOURCES if kind == 'cuda' else SOURCES).iterdir() if f.suffix in ('.cpp', '.cu'))
@@ -242,7 +290,7 @@ def compile_library(library: Path, kind: str) -> None:
         [*(compile_cu if source.suffix == '.cu' else compile_cpp), '-c', str(source), '-o', str(target)]
         for source, target in zip(sources, objects, strict=True)
     ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(jobs()) as pool:
         list(pool.map(functools.partial(_run, kind), steps))
     # torch is in the process already when the library is loaded; its name alone is needed.
     _run(kind, [*link, *map(str, objects), '-o', str(library), f'-L{root / "lib"}', '-ltorch_cpu', *link_cuda])
@@ -301,6 +349,7 @@ def main() -> None:
         '--kernels', choices=KINDS, help='only these; by default those for the CPU, and those for CUDA where that works'
     )
     args = parser.parse_args()
+    failed = []
     for kind in [args.kernels] if args.kernels else KINDS:
         start = time.monotonic()
         try:
@@ -312,10 +361,13 @@ def main() -> None:
                 continue
             file = build(kind=kind)
         except RuntimeError as error:
-            sys.exit(str(error))
+            failed.append(str(error))
         except OSError as error:  # no folder for temporary files, for instance
-            sys.exit(f'The {_title(kind)} kernels cannot be built: {error}.')
-        sys.stdout.write(f'{file} built in {time.monotonic() - start:.0f} s\n')
+            failed.append(f'The {_title(kind)} kernels cannot be built: {error}.')
+        else:
+            sys.stdout.write(f'{file} built in {time.monotonic() - start:.0f} s\n')
+    if failed:
+        sys.exit('\n'.join(failed))
 
 
 if __name__ == '__main__':

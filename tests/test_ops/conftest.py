@@ -5,6 +5,7 @@ import pytest
 from mmunireplknet.ops import build
 
 from .fake_gpu import FakeGPU, fake_gpu
+from .fake_nvcc import cuda_package  # noqa: F401  (the fixture "package")
 
 
 @pytest.fixture

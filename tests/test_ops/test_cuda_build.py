@@ -1,149 +1,24 @@
-"""Building the CUDA kernels: where nvcc is looked for, what it is asked, and what is said where it is not there."""
+"""Building the CUDA kernels: what nvcc is asked, and what is said where it is not there or fails."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mmunireplknet.ops import build, cuda
 
-NVCC = """
-import sys
-if '--version' in sys.argv:
-    sys.exit(print('Cuda compilation tools, release {release}, V{release}.1'))
-{then}
-"""
-WORKS = """
-open(sys.argv[sys.argv.index('-o') + 1], 'w').close()
-open(sys.argv[0] + '.log', 'a').write(' '.join(sys.argv[1:]) + '\\n')
-"""
-FAILS = "sys.exit('forward.cuh(1): error: expected a semicolon')"
-
-
-@pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the sources in a package without a library, a torch for CUDA 13 and an empty cache."""
-    here = tmp_path / 'ops'
-    shutil.copytree(build.CUDA_SOURCES, here / 'csrc' / 'cuda')
-    (here / 'csrc' / 'cpu').mkdir()
-    (here / 'csrc' / 'cpu' / 'stub.cpp').touch()
-    monkeypatch.setattr(build, 'HERE', here)
-    monkeypatch.setattr(build, 'SOURCES', here / 'csrc' / 'cpu')
-    monkeypatch.setattr(build, 'CUDA_SOURCES', here / 'csrc' / 'cuda')
-    set_torch(monkeypatch, tmp_path, "'13.0'")
-    for name in ('CUDA_HOME', 'TORCH_CUDA_ARCH_LIST'):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-    monkeypatch.setenv('CXX', str(program(tmp_path / 'c++', 'import sys' + WORKS)))
-    build.fingerprint.cache_clear()
-    yield here
-    build.fingerprint.cache_clear()
-
-
-def program(file: Path, text: str) -> Path:
-    """A command that is a Python program."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.with_suffix('.py').write_text(text)
-    file.write_text(f'#!/bin/sh\nexec {sys.executable} -S {file.with_suffix(".py")} "$@"\n')
-    file.chmod(0o755)
-    return file
-
-
-def set_torch(monkeypatch: pytest.MonkeyPatch, folder: Path, version: str) -> None:
-    (folder / 'torch' / 'lib').mkdir(parents=True, exist_ok=True)
-    (folder / 'torch' / 'version.py').write_text(
-        f'__version__ = "2.13.0"\ncuda: Optional[str] = {version}\nhip = None\n'
-    )
-    monkeypatch.setattr(build, '_torch_folder', lambda: folder / 'torch')
-
-
-def set_nvcc(monkeypatch: pytest.MonkeyPatch, folder: Path, then: str = WORKS, release: str = '13.5') -> Path:
-    file = program(folder / 'home' / 'bin' / 'nvcc', NVCC.format(release=release, then=then))
-    monkeypatch.setenv('CUDA_HOME', str(folder / 'home'))
-    return file
-
-
-def commands(tool: Path) -> list[list[str]]:
-    file = Path(f'{tool.with_suffix(".py")}.log')
-    return [line.split() for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def files_in(folder: Path) -> list[str]:
-    return sorted(f.name for f in folder.iterdir() if f.is_file())
-
-
-def test_places_of_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last to come is the first to be taken."""
-    monkeypatch.setenv('CUDA_HOME', str(tmp_path / 'nowhere'))
-    monkeypatch.setenv('PATH', str(tmp_path / 'path'))
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-    monkeypatch.setattr(build, 'CUDA_FOLDER', tmp_path / 'cuda')
-    assert build.nvcc() == ''
-    monkeypatch.setattr(
-        importlib.util, 'find_spec', lambda name: SimpleNamespace(submodule_search_locations=[tmp_path / name])
-    )
-    assert build.nvcc() == ''
-    monkeypatch.delenv('CUDA_PATH', raising=False)
-    for folder in ('cuda/bin', 'nvidia/cu13/bin', 'path', 'elsewhere/bin', 'home/bin'):
-        file = program(tmp_path / folder / 'nvcc', '')
-        if folder == 'elsewhere/bin':
-            monkeypatch.delenv('CUDA_HOME')
-            monkeypatch.setenv('CUDA_PATH', str(tmp_path / 'elsewhere'))
-        if folder == 'home/bin':
-            monkeypatch.setenv('CUDA_HOME', str(tmp_path / 'home'))
-        assert build.nvcc() == str(file)
-
-
-@pytest.mark.parametrize(
-    ('wish', 'expected'),
-    [
-        ('', ['80,code=sm_80', '90,code=sm_90', '90,code=compute_90']),
-        ('9.0', ['90,code=sm_90']),
-        ('8.6;12.0+PTX', ['86,code=sm_86', '120,code=sm_120', '120,code=compute_120']),
-        ('8.0 9.0a', ['80,code=sm_80', '90a,code=sm_90a']),
-        ('7.5;8.0;', ['80,code=sm_80']),
-        ('7.0 7.5 8.0 8.6 9.0+PTX', ['80,code=sm_80', '86,code=sm_86', '90,code=sm_90', '90,code=compute_90']),
-        ('Turing;Ampere;9.0', ['80,code=sm_80', '86,code=sm_86', '86,code=compute_86', '90,code=sm_90']),
-    ],
-)
-def test_architectures(wish: str, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv('TORCH_CUDA_ARCH_LIST', wish)
-    assert build.architectures() == [f'-gencode=arch=compute_{flag}' for flag in expected]
-
-
-def test_the_architecture_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv('TORCH_CUDA_ARCH_LIST', 'native')
-    assert build.architectures() == ['-arch=native']
-
-
-@pytest.mark.parametrize(
-    ('wish', 'reason'),
-    [
-        ('Rubin', "'Rubin' is no architecture; write it as 8.0;9.0+PTX"),
-        ('7.0;Turing', 'take 8.0 (Ampere) and newer'),
-        ('90', "'90'"),
-    ],
-)
-def test_unknown_architectures(wish: str, reason: str, package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_nvcc(monkeypatch, package.parent)
-    monkeypatch.setenv('TORCH_CUDA_ARCH_LIST', wish)
-    with pytest.raises(RuntimeError, match=re.escape(f'TORCH_CUDA_ARCH_LIST={wish}: ')) as caught:
-        build.build(kind='cuda')
-    assert reason in str(caught.value)
-    assert files_in(package) == []
+from .fake_nvcc import FAILS, commands, files_in, set_nvcc, set_torch
 
 
 def without_nvcc(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr(build, 'nvcc', lambda: '')
+    monkeypatch.setattr(build, 'nvccs', dict)
 
 
 def without_cuda(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -152,11 +27,8 @@ def without_cuda(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def with_another_cuda(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    set_nvcc(monkeypatch, folder, release='12.8')
-
-
-def with_nonsense(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr(build, 'nvcc', lambda: shutil.which('true'))
+    tool = set_nvcc(monkeypatch, folder, release='12.8')
+    monkeypatch.setattr(build, 'nvccs', lambda: {str(tool): (12, 8)})
 
 
 def without_sources(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -167,10 +39,12 @@ def without_sources(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 @pytest.mark.parametrize(
     ('situation', 'reason'),
     [
-        (without_nvcc, 'there is no nvcc (install CUDA 13 or the package nvidia-cuda-nvcc, or set CUDA_HOME)'),
+        (
+            without_nvcc,
+            'there is no nvcc of CUDA 13, which torch .* is for; install CUDA 13 (pip has .*nvidia-cuda-nvcc==13',
+        ),
         (without_cuda, 'has no CUDA'),
-        (with_another_cuda, 'is of CUDA 12, torch .* of CUDA 13; they must have the same number'),
-        (with_nonsense, 'names no release'),
+        (with_another_cuda, 'there is no nvcc of CUDA 13, which torch .* is for (seen: .*nvcc of 12.8)'),
         (without_sources, 'their sources are missing'),
     ],
 )
@@ -201,7 +75,7 @@ def test_commands(package: Path, linked: bool, monkeypatch: pytest.MonkeyPatch) 
         (package.parent / 'torch' / 'lib' / 'libtorch_cuda.so').touch()
     library = build.build(kind='cuda')
     assert library == build.library_file('cuda') == package / build.library_name('cuda')
-    assert re.fullmatch(r'mmuni_cuda-[0-9a-f]{12}-cu13-ptx90-sm80-sm90-\w+\.so', library.name)
+    assert re.fullmatch(r'mmuni_cuda-[0-9a-f]{12}-cu13-ptx90-sm120-sm80-sm90-\w+\.so', library.name)
     *compiled, link = commands(tool)
     sources = [word for command in compiled for word in command if word.endswith('.cu')]
     assert sorted(sources) == sorted(str(file) for file in build.CUDA_SOURCES.glob('*.cu'))
@@ -237,11 +111,11 @@ def test_another_list_of_gpus_is_built_again(
     monkeypatch.setattr(sys, 'argv', ['build', '--kernels', 'cuda'])
     first = build.build(kind='cuda')
     for wish, release, said, targets in (
-        ('9.0+PTX 8.0', '13', 'is up to date', 'cu13-ptx90-sm80-sm90'),
+        ('12.0 9.0+PTX 8.0', '13', 'is up to date', 'cu13-ptx90-sm120-sm80-sm90'),
         ('12.0', '13', 'built in', 'cu13-sm120'),
         ('12.0', '13', 'is up to date', 'cu13-sm120'),
         ('12.0', '12', 'built in', 'cu12-sm120'),
-        ('native', '12', 'built in', 'cu12-native'),
+        ('9.0', '12', 'built in', 'cu12-sm90'),
     ):
         monkeypatch.setenv('TORCH_CUDA_ARCH_LIST', wish)
         set_nvcc(monkeypatch, package.parent, release=f'{release}.9')

@@ -37,7 +37,7 @@ def tool(name: str) -> str:
 def why_not() -> str:
     if reason := build.why_not():
         return reason
-    if not build.nvcc():
+    if not build.nvcc()[0]:
         return 'there is no nvcc (pip install -r requirements/dev.txt)'
     return (
         '' if tool('cuobjdump') and shutil.which('c++filt') else 'there is no cuobjdump (triton has it) or no c++filt'

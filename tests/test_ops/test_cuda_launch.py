@@ -14,7 +14,7 @@ from .cuda_emulation import HERE, SOURCES
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(build.why_not()), reason=build.why_not()),
-    pytest.mark.skipif(not build.nvcc(), reason='there is no nvcc (pip install -r requirements/dev.txt)'),
+    pytest.mark.skipif(not build.nvcc()[0], reason='there is no nvcc (pip install -r requirements/dev.txt)'),
 ]
 MEANWHILE = ctypes.CFUNCTYPE(None)
 NOTHING = ctypes.cast(None, MEANWHILE)
@@ -23,7 +23,7 @@ NOTHING = ctypes.cast(None, MEANWHILE)
 @pytest.fixture(scope='module')
 def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     folder = tmp_path_factory.mktemp('launch')
-    compile_cu = [build.nvcc(), *build.NVCC_FLAGS, '-arch=sm_80', f'-I{SOURCES}', '-c', str(HERE / 'launches.cu')]
+    compile_cu = [build.nvcc()[0], *build.NVCC_FLAGS, '-arch=sm_80', f'-I{SOURCES}', '-c', str(HERE / 'launches.cu')]
     # What the kernels hide from others is asked for by its name here.
     subprocess.run([*compile_cu, '-Xcompiler=-fvisibility=default', '-o', str(folder / 'launches.o')], check=True)
     files = [str(HERE / 'runtime.cpp'), str(folder / 'launches.o')]

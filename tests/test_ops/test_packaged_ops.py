@@ -276,7 +276,7 @@ def test_make_env_compiles_what_has_changed(
         (STUB, 'built in'),
         (STUB, None),
         (changed, 'built in'),
-        ('#error broken on purpose', 'goes without its compiled kernels'),
+        ('#error broken on purpose', 'goes without its compiled CPU kernels'),
         (changed, None),
     ):
         kernels.write_text(text)
@@ -296,10 +296,26 @@ def test_make_env_goes_on_without_a_compiler(
     make_env.build_ops(sys.executable)
     out, err = capfd.readouterr()
     assert 'there is no C++ compiler' in err
-    assert out.splitlines()[-1] == '[env] mmunireplknet goes without its compiled kernels, for the reason above'
+    assert out.splitlines()[-1] == '[env] mmunireplknet goes without its compiled CPU kernels, for the reason above'
     monkeypatch.setenv('MMUNI_WITH_OPS', '0')
     make_env.build_ops(sys.executable)
     assert capfd.readouterr() == ('', '')
+
+
+@compiles
+@pytest.mark.slow
+def test_make_env_names_the_kernels_that_are_missing(
+    make_env: ModuleType, stub: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """Those for the CPU are there, and are not built again; those for CUDA are tried again."""
+    for name, value in with_nvcc(stub, tmp_path, 'echo "error: broken on purpose"; exit 2').items():
+        monkeypatch.setenv(name, value)
+    for built_now in (True, False):
+        make_env.build_ops(sys.executable)
+        out, err = capfd.readouterr()
+        assert ('mmuni_cpu-' in out) == built_now
+        assert out.splitlines()[-1].startswith('[env] mmunireplknet goes without its compiled CUDA kernels, ')
+        assert 'broken on purpose' in err
 
 
 @pytest.mark.parametrize(('stack', 'venv'), [('default', '.venv'), ('openmmlab', '.venv-openmmlab')])
