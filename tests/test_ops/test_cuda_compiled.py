@@ -93,6 +93,18 @@ def test_later_gpus_get_ptx(library: Path) -> None:
     assert dump('-ptx', library).count('.target sm_90') > 0
 
 
+@pytest.mark.skipif(not shutil.which('nm'), reason='there is no nm')
+def test_nothing_of_its_runtime_is_shared(library: Path) -> None:
+    """What nvcc's code calls is there in nvcc's own version: neither is it torch's, nor does torch get hold of it."""
+    everything, dynamic = (
+        subprocess.run(['nm', *option, str(library)], check=True, capture_output=True, text=True).stdout
+        for option in ([], ['-D'])
+    )
+    for name in ('cudaGetDevice', 'cudaSetDevice', 'cudaFuncSetAttribute', '__cudaRegisterFatBinary'):
+        assert re.search(rf' t {name}$', everything, re.MULTILINE)
+    assert re.findall(r'\b_*(?:cuda|cu)[A-Z]\w*', dynamic) == []
+
+
 def instructions(library: Path, name: str, kernel: str, architecture: str) -> list[tuple[int, str, str]]:
     """Address, name and operands of the machine code of a kernel."""
     text = dump('-sass', '-arch', architecture, library.with_name(f'{name}.o'))

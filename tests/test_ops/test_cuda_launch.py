@@ -31,7 +31,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     command = [*build.compiler(), '-std=c++17', '-fPIC', '-shared', '-Wl,-Bsymbolic', *files]
     subprocess.run([*command, '-o', str(folder / 'host.so')], check=True)
     library = ctypes.CDLL(str(folder / 'host.so'))
-    library.start.restype = ctypes.c_char_p
+    library.start.restype = library.use.restype = ctypes.c_char_p
     return library
 
 
@@ -54,6 +54,19 @@ def test_an_error_is_reported_once(host: ctypes.CDLL) -> None:
     host.has_code(False)
     assert host.start(96 * 1024) == b'no kernel image is available'
     host.has_code(True)
+    assert host.start(1024) == b''
+
+
+def test_the_device_of_the_maps_is_made_current(host: ctypes.CDLL) -> None:
+    """Where it is not; a device that is not there is named as an error, which the next launch does not report again."""
+    host.begin(NOTHING)
+    host.has_devices(2, 0)
+    assert (host.use(0), host.switched()) == (b'', 0)
+    assert (host.use(1), host.current_device(), host.switched()) == (b'', 1, 1)
+    assert host.use(2) == b'invalid device ordinal'
+    assert (host.current_device(), host.start(1024)) == (1, b'')
+    host.has_devices(0, 0)
+    assert host.use(0) == b'invalid device ordinal'
     assert host.start(1024) == b''
 
 

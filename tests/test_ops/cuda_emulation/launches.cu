@@ -6,4 +6,5 @@ struct Job {
 };
 __global__ void kernel(const Job) {}
 
+extern "C" const char* use(int device) { return mmuni::use_device(device); }
 extern "C" const char* start(int shared) { return mmuni::launch(kernel, Job{1}, 1, 32, shared, nullptr); }

@@ -198,6 +198,14 @@ inline const char* what(cudaError_t error) {
   return cudaGetErrorString(error);
 }
 
+// Makes `device` the one that launches go to. This library has a copy of CUDA's runtime to itself. It works in the
+// context that is current to the thread, as torch's copy does and has set it; a thread without one is sent to device 0.
+inline const char* use_device(int device) {
+  int current = -1;
+  const cudaError_t error = cudaGetDevice(&current);
+  return what(error == cudaSuccess && current != device ? cudaSetDevice(device) : error);
+}
+
 // Multiprocessors of the current device, 0 where there is none.
 inline int multiprocessors() {
   int device = 0, count = 0;

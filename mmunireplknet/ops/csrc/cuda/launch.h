@@ -5,6 +5,7 @@
 
 namespace mmuni {
 
+const char* set_device(int device);  // for what follows, in this thread
 const char* forward_half(const Forward& job, void* stream);
 const char* forward_bfloat(const Forward& job, void* stream);
 const char* forward_single(const Forward& job, bool exact, void* stream);

@@ -83,13 +83,15 @@ Tensor allocate(const Tensor& x, int64_t count) {
   return torch::stable::new_empty(x, {count}, ScalarType::Float);
 }
 
-void* stream_of(const Tensor& x) {
+void check(const char* error) { STD_TORCH_CHECK(!*error, "mmuni_cuda: the kernel could not be started: ", error); }
+
+// The stream that is current on the device of x, for what is launched there from here on.
+void* begin(const Tensor& x) {
+  check(set_device(x.get_device_index()));
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   return stream;
 }
-
-void check(const char* error) { STD_TORCH_CHECK(!*error, "mmuni_cuda: the kernel could not be started: ", error); }
 
 void add(const Tensor& partial, float* out, int64_t size, int64_t between, int64_t apart, void* stream) {
   const float* from = static_cast<const float*>(partial.data_ptr());
@@ -108,7 +110,7 @@ void conv_forward(const Tensor& x, const Tensor& weight, std::optional<Tensor> b
   float* total = sums ? floats_of(*sums, x, planes, "sums") : nullptr;
 
   const DeviceGuard guard(x.get_device_index());
-  void* stream = stream_of(x);
+  void* stream = begin(x);
   const int64_t parts = subtiles_of(job.shape);
   std::optional<Tensor> partial;
   if (total) {
@@ -131,7 +133,7 @@ void conv_weight_grad(const Tensor& x, const Tensor& grad, const Tensor& out, in
   float* total = floats_of(out, x, size, "out");
 
   const DeviceGuard guard(x.get_device_index());
-  void* stream = stream_of(x);
+  void* stream = begin(x);
   plan_weight_grad(job, size_of(type));
   const Tensor partial = allocate(x, job.parts * size);
   job.partial = static_cast<float*>(partial.data_ptr());
