@@ -170,7 +170,7 @@ def test_weights_in_double_precision(emulation: Emulation) -> None:
 
 
 BARRIERS = (
-    ('forward.cuh', '    __syncthreads();\n    now ^= job.stages - 1;'),
+    ('forward.cuh', '    __syncthreads();\n    stage ^= job.stages - 1;'),
     ('weight_grad.cuh', '    __syncthreads();\n    const uint32_t x_tile'),
 )
 

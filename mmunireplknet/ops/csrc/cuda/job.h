@@ -16,7 +16,9 @@ struct Map {
   int64_t image, plane, row, pixel;
 };
 
-// One warp makes 16 x 32 outputs at a time, with 16 x 8 inputs and 8 x 8 weights for each 16 x 8 of them.
+// One warp makes one or two sets of 16 x 32 outputs at a time, with 16 x 8 inputs and 8 x 8 weights for each 16 x 8 of
+// them. Two sets are every second row of 32: 16 inputs that row ky of the kernel takes to the one are those that row
+// ky - 1 takes to the other, and are read for both at once.
 constexpr int SUB_ROWS = 16, SUB_COLUMNS = 32;
 // Both kernels see `pieces` * 8 columns of input for 8 columns of output. The classes: extents up to 17 and up to 33.
 constexpr int NARROW = 3, WIDE = 5;
@@ -33,9 +35,10 @@ struct Shape {
   int pieces() const { return extent() <= 17 ? NARROW : WIDE; }
 };
 
-// A region of a map in shared memory, one plane after the other: `rows` of `stride` bytes with `columns` elements.
+// A region of a map in shared memory, one plane after the other: `rows` of `stride` bytes with `columns` elements. With
+// `sets` of 2, those rows lie first that are an even number below the first one, then the others.
 struct Tile {
-  int rows, columns, stride;
+  int rows, columns, stride, sets;
   int bytes() const { return rows * stride; }
 };
 
@@ -48,7 +51,7 @@ struct Forward {
   bool flip;
   // The plan.
   Tile tile;
-  int group, warps, down, across;  // channels and warps of a block, subtiles of its tile
+  int group, warps, down, across;  // channels and warps of a block, subtiles of its tile, of 16 x 32 for each set
   int copy, store;                 // bytes that are copied at once along a row, 0 for one element
   bool x_vector, out_vector;       // whether the channels of a group lie together, in 16 aligned bytes
   int stages, splits, items;       // tiles in memory, blocks per group of channels, tiles of a plane in all images
@@ -107,14 +110,20 @@ inline int splits_of(int items, int groups, int blocks_wanted) {
 
 inline void plan_memory(Forward& job, int size) {
   const int pieces = job.shape.pieces();
-  job.tile.rows = job.down * SUB_ROWS + job.shape.extent() - 1;
+  job.tile.rows = job.down * job.tile.sets * SUB_ROWS + job.shape.extent() - 1;
   job.tile.columns = job.across * SUB_COLUMNS + 2 * margin_of(pieces);
   // An odd number of 16 bytes: eight rows of a matrix are in different banks.
   job.tile.stride = job.tile.columns * size + 16;
   job.table = 0;
-  job.staging = job.group * job.shape.kernel * (8 * pieces + 8) * (size == 4 ? 8 : 4);
+  job.staging = job.group * job.shape.kernel * (8 * pieces + 8) * (size == 4 ? 16 : 4);
   job.tiles = job.staging + job.warps * SUB_ROWS * (SUB_COLUMNS * size + 16);
   job.shared = job.tiles + job.stages * job.group * job.tile.bytes();
+}
+
+// Of a plane.
+inline int tiles_of(const Forward& job) {
+  const int rows = job.down * job.tile.sets * SUB_ROWS, columns = job.across * SUB_COLUMNS;
+  return ceil_div(job.shape.h, rows) * ceil_div(job.shape.w, columns);
 }
 
 // Fills in the plan for elements of `size` bytes and a GPU of so many multiprocessors.
@@ -127,17 +136,23 @@ inline void plan(Forward& job, int size, int processors) {
   job.stages = job.x.pixel == 1 ? 2 : 1;
   int64_t best = INT64_MAX;
   Forward chosen = job;
-  for (int down : {4, 2, 1}) {
-    for (int across : {2, 1}) {
-      if (down * across > 4) continue;
-      job.down = down, job.across = across;
-      job.warps = channels_last ? 8 : down * across;
-      plan_memory(job, size);
-      if (job.shared > MOST_SHARED && down * across > 1) continue;
-      const int64_t tiles = static_cast<int64_t>(ceil_div(s.h, down * SUB_ROWS)) * ceil_div(s.w, across * SUB_COLUMNS);
-      // Elements that are read, and outputs: one of these takes about K mma per 128, four times the work of reading.
-      const int64_t cost = tiles * (job.tile.rows * job.tile.columns + 4 * down * across * SUB_ROWS * SUB_COLUMNS);
-      if (cost < best) best = cost, chosen = job;
+  for (int sets : {2, 1}) {
+    for (int down : {4, 2, 1}) {
+      for (int across : {2, 1}) {
+        if (sets * down * across > 4 || (sets == 2 && s.dilation > 1)) continue;
+        job.tile.sets = sets, job.down = down, job.across = across;
+        job.warps = channels_last ? 8 : down * across;
+        plan_memory(job, size);
+        if (job.shared > MOST_SHARED && sets * down * across > 1) continue;
+        const int64_t tiles = tiles_of(job), subtiles = tiles * down * across;
+        // Two sets make half as many warps: not where there are not even two for each quarter of a multiprocessor.
+        if (sets == 2 && subtiles * s.n * s.c < processors * 8) continue;
+        // Elements that are read, and outputs: one of these takes about K mma per 128, three or four times the work of
+        // reading.
+        const int64_t work = subtiles * sets * SUB_ROWS * SUB_COLUMNS * (sets == 2 ? 3 : 4);
+        const int64_t cost = tiles * job.tile.rows * job.tile.columns + work;
+        if (cost < best) best = cost, chosen = job;
+      }
     }
   }
   job = chosen;
@@ -146,7 +161,7 @@ inline void plan(Forward& job, int size, int processors) {
     else job.group /= 2;
     plan_memory(job, size);
   }
-  job.items = s.n * ceil_div(s.h, job.down * SUB_ROWS) * ceil_div(s.w, job.across * SUB_COLUMNS);
+  job.items = s.n * tiles_of(job);
   job.splits = splits_of(job.items, ceil_div(s.c, job.group), processors * 16 / job.warps);
   job.copy = bytes_at_once(job.x, s.w, size);
   job.store = bytes_at_once(job.out, s.w, size);
@@ -164,8 +179,8 @@ inline void plan(WeightGrad& job, int size, int processors) {
   const int rows = std::min(round_up(s.h, SUB_ROWS * job.slices), std::max(32, SUB_ROWS * job.slices));
   // 16 bits: an odd number of 16 bytes, for ldmatrix. Single precision, read by element: 8 or 24 words modulo 32.
   const int pad = size == 4 ? 32 : 16;
-  job.grad_tile = {rows, SUB_COLUMNS, SUB_COLUMNS * size + pad};
-  job.x_tile = {rows + s.extent() - 1, SUB_COLUMNS + 2 * margin_of(pieces), 0};
+  job.grad_tile = {rows, SUB_COLUMNS, SUB_COLUMNS * size + pad, 1};
+  job.x_tile = {rows + s.extent() - 1, SUB_COLUMNS + 2 * margin_of(pieces), 0, 1};
   job.x_tile.stride = job.x_tile.columns * size + pad;
   job.stage = job.x_tile.bytes() + job.grad_tile.bytes();
   const int scratch = job.groups * job.slices * 16 * (8 * (pieces + 1) + 1) * 4;

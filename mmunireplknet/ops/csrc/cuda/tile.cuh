@@ -18,6 +18,13 @@ __device__ __forceinline__ bool is_inside(int y, int x, const Shape& shape) {
          static_cast<unsigned>(x) < static_cast<unsigned>(shape.w);
 }
 
+// Which row of a tile is at a place of it.
+__device__ __forceinline__ int row_at(int place, const Tile& tile) {
+  if (tile.sets == 1) return place;
+  const int half = tile.rows / 2;  // there is an even number
+  return place < half ? 2 * place : 2 * (place - half) + 1;
+}
+
 // i / divisor for i below 2^16, with the reciprocal of a divisor above 1.
 __device__ __forceinline__ unsigned reciprocal_of(unsigned divisor) { return 0xffffffffu / divisor + 1; }
 __device__ __forceinline__ unsigned divide(unsigned i, unsigned reciprocal) {
@@ -35,10 +42,10 @@ __device__ __forceinline__ void load_rows(uint32_t to, const Map& map, const Sha
     const bool exists = region.c + plane < shape.c;
     const T* from = data + region.n * map.image + (region.c + plane) * map.plane;
     for (unsigned i = threadIdx.x; i < vectors * tile.rows; i += blockDim.x) {
-      const unsigned row = divide(i, reciprocal), column = (i - row * vectors) * COUNT;
-      const int y = region.y + static_cast<int>(row), x = region.x + static_cast<int>(column);
+      const unsigned place = divide(i, reciprocal), column = (i - place * vectors) * COUNT;
+      const int y = region.y + row_at(place, tile), x = region.x + static_cast<int>(column);
       const bool inside = exists && is_inside(y, x, shape);
-      const uint32_t address = to + (plane * tile.rows + row) * tile.stride + column * sizeof(T);
+      const uint32_t address = to + (plane * tile.rows + place) * tile.stride + column * sizeof(T);
       if constexpr (BYTES >= 4)
         copy_async<BYTES>(address, inside ? from + y * map.row + x : data, inside);
       else
@@ -60,11 +67,11 @@ __device__ __forceinline__ void load_pixels(uint32_t to, const Map& map, const S
   const int parts = region.channels / step;  // a power of two
   for (unsigned i = threadIdx.x; i < columns * tile.rows * parts; i += blockDim.x) {
     const int channel = static_cast<int>(i % parts) * step;
-    const unsigned pixel = i / parts, row = divide(pixel, reciprocal), column = pixel - row * columns;
-    const int y = region.y + static_cast<int>(row), x = region.x + static_cast<int>(column), c = region.c + channel;
+    const unsigned pixel = i / parts, place = divide(pixel, reciprocal), column = pixel - place * columns;
+    const int y = region.y + row_at(place, tile), x = region.x + static_cast<int>(column), c = region.c + channel;
     const bool inside = c < shape.c && is_inside(y, x, shape);
     const T* from = data + c * map.plane + y * map.row + x * map.pixel;
-    const uint32_t address = to + channel * bytes + row * tile.stride + column * sizeof(T);
+    const uint32_t address = to + channel * bytes + place * tile.stride + column * sizeof(T);
     if (!vector) {
       store_shared<T>(address, inside ? load_global(from) : T{});
       continue;
