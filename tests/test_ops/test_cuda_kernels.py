@@ -19,7 +19,7 @@ import torch
 from mmunireplknet.ops import build, cuda, reference
 
 from ..procedural import relative_error
-from .cuda_cases import DTYPES, LAYOUTS, check_forward, check_weight_grad, draw, set_tf32
+from .cuda_cases import DTYPES, LAYOUTS, Case, check_forward, check_weight_grad, draw, set_tf32
 from .cuda_emulation import SOURCES, Emulation, compile_emulation
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not build.compiler(), reason='there is no C++ compiler')]
@@ -57,6 +57,18 @@ def test_forward(emulation: Emulation, dtype: torch.dtype, kernel: int) -> None:
     for i, case in enumerate(draw(dtype, kernel, 5, 4000)):
         emulation.processors = i % 3
         check_forward(case)
+
+
+@pytest.mark.parametrize('processors', [0, 10**6])
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+def test_rows_in_two_sets_and_in_one(emulation: Emulation, dtype: torch.dtype, processors: int) -> None:
+    """As warps make them where there are more than enough of them, and where there are not."""
+    emulation.processors = processors
+    for kernel, size in ((13, (40, 37)), (7, (33, 16)), (3, (34, 9)), (31, (17, 36))):
+        for layout, out_layout in itertools.product(LAYOUTS, LAYOUTS):
+            case = Case(dtype, kernel, 1, size, 2, 3, layout, out_layout, dtype, True, False, False)
+            if case.work < 4000:
+                check_forward(case)
 
 
 @pytest.mark.parametrize('kernel', [3, 7, 13, 31])
@@ -171,7 +183,7 @@ def test_weights_in_double_precision(emulation: Emulation) -> None:
 
 BARRIERS = (
     ('forward.cuh', '    __syncthreads();\n    stage ^= job.stages - 1;'),
-    ('weight_grad.cuh', '    __syncthreads();\n    const uint32_t x_tile'),
+    ('weight_grad.cuh', '    __syncthreads();\n    const uint32_t tiles'),
 )
 
 

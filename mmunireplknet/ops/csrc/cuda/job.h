@@ -120,6 +120,9 @@ inline void plan_memory(Forward& job, int size) {
   job.shared = job.tiles + job.stages * job.group * job.tile.bytes();
 }
 
+// Warps of a block that has several channels.
+constexpr int warps_of_groups(int size) { return size == 4 ? 4 : 8; }
+
 // Of a plane.
 inline int tiles_of(const Forward& job) {
   const int rows = job.down * job.tile.sets * SUB_ROWS, columns = job.across * SUB_COLUMNS;
@@ -141,7 +144,7 @@ inline void plan(Forward& job, int size, int processors) {
       for (int across : {2, 1}) {
         if (sets * down * across > 4 || (sets == 2 && s.dilation > 1)) continue;
         job.tile.sets = sets, job.down = down, job.across = across;
-        job.warps = channels_last ? 8 : down * across;
+        job.warps = channels_last ? warps_of_groups(size) : down * across;
         plan_memory(job, size);
         if (job.shared > MOST_SHARED && sets * down * across > 1) continue;
         const int64_t tiles = tiles_of(job), subtiles = tiles * down * across;

@@ -14,18 +14,25 @@ template <typename T>
 struct Fragments {  // 16 bits
   uint32_t a[2][4];
 
-  __device__ __forceinline__ void load_grad(uint32_t tile, int stride, int lane) {
+  // Where a lane reads in each 16 rows: what it names to ldmatrix.
+  static __device__ __forceinline__ uint32_t in_grad(int stride, int lane) {
+    return (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 16;
+  }
+  static __device__ __forceinline__ uint32_t in_x(int stride, int lane) {
+    return (lane / 8 % 2 * 8 + lane % 8) * stride + lane / 16 * 16;
+  }
+
+  __device__ __forceinline__ void load_grad(uint32_t from, int) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      load_matrices_transposed(a[i], tile + (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 16 + i * 32);
+    for (int i = 0; i < 2; ++i) load_matrices_transposed(a[i], from + i * 32);
   }
 
   template <int COUNT>
-  __device__ __forceinline__ void add(float (&sum)[COUNT][4], uint32_t tile, int stride, int lane) const {
+  __device__ __forceinline__ void add(float (&sum)[COUNT][4], uint32_t from, int) const {
 #pragma unroll
     for (int q = 0; q < COUNT + 2; q += 2) {
       uint32_t r[4];
-      load_matrices_transposed(r, tile + (lane / 8 % 2 * 8 + lane % 8) * stride + lane / 16 * 16 + q * 16);
+      load_matrices_transposed(r, from + q * 16);
 #pragma unroll
       for (int j = q; j < q + 2; ++j) {
 #pragma unroll
@@ -51,21 +58,22 @@ struct SingleFragments {
       first = round_tf32(value);
   }
 
-  __device__ __forceinline__ void load_grad(uint32_t tile, int stride, int lane) {
-    tile += lane % 4 * stride + lane / 4 * 4;
+  static __device__ __forceinline__ uint32_t in_grad(int stride, int lane) { return lane % 4 * stride + lane / 4 * 4; }
+  static __device__ __forceinline__ uint32_t in_x(int stride, int lane) { return in_grad(stride, lane); }
+
+  __device__ __forceinline__ void load_grad(uint32_t from, int stride) {
 #pragma unroll
     for (int step = 0; step < 2; ++step)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
 #pragma unroll
         for (int r = 0; r < 4; ++r)
-          convert(load_shared<float>(tile + (step * 8 + r / 2 * 4) * stride + (i * 16 + r % 2 * 8) * 4),
+          convert(load_shared<float>(from + (step * 8 + r / 2 * 4) * stride + (i * 16 + r % 2 * 8) * 4),
                   high[step][i][r], low[step][i][r]);
   }
 
   template <int COUNT>
-  __device__ __forceinline__ void add(float (&sum)[COUNT][4], uint32_t tile, int stride, int lane) const {
-    tile += lane % 4 * stride + lane / 4 * 4;
+  __device__ __forceinline__ void add(float (&sum)[COUNT][4], uint32_t from, int stride) const {
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
 #pragma unroll
@@ -73,7 +81,7 @@ struct SingleFragments {
         uint32_t b[2], rest[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-          convert(load_shared<float>(tile + (step * 8 + r * 4) * stride + j * 32), b[r], rest[r]);
+          convert(load_shared<float>(from + (step * 8 + r * 4) * stride + j * 32), b[r], rest[r]);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int at = j - 2 * i;
@@ -112,50 +120,52 @@ __global__ void __launch_bounds__(256, 1) weight_grad_kernel(const WeightGrad jo
   const int tiles_x = (s.w + SUB_COLUMNS - 1) / SUB_COLUMNS, tiles_y = (s.h + rows - 1) / rows;
   const int grad_offset = job.x_tile.rows * job.x_tile.stride;
 
-  const auto load = [&](int item, int stage) {
-    const int n = item / (tiles_x * tiles_y), y = item / tiles_x % tiles_y * rows, x = item % tiles_x * SUB_COLUMNS;
-    const uint32_t to = stage * job.stage;
-    load_tile<T>(to, job.x, s, job.x_tile, {n, c, 1, y - up, x - MARGIN<P>}, job.copy, false);
-    load_tile<T>(to + grad_offset, job.grad, s, job.grad_tile, {n, c, 1, y, x}, job.grad_copy, false);
-  };
+  using Matrices = typename FragmentsOf<T, EXACT>::type;
+  const int x_stride = job.x_tile.stride, grad_stride = job.grad_tile.stride;
+  const uint32_t my_x = Matrices::in_x(x_stride, lane) + group * s.dilation * x_stride;
+  const uint32_t my_grad = Matrices::in_grad(grad_stride, lane) + grad_offset;
+  const int step = job.groups * s.dilation * x_stride;  // to the next row of the kernel that the warp has
 
   float sum[GRAD_ROWS][COUNT][4] = {};
-  int now = 0;
-  load(split, 0);
-  copy_commit();
-  for (int item = split; item < job.items; item += job.splits) {
-    if (item + job.splits < job.items) load(item + job.splits, now ^ 1);
+  int stage = 0;
+  // The next tile is copied while one is computed, and the first time nothing is.
+#pragma unroll 1
+  for (int item = split - job.splits; item < job.items; item += job.splits, stage ^= 1) {
+    if (const int next = item + job.splits; next < job.items) {
+      const int n = next / (tiles_x * tiles_y), y = next / tiles_x % tiles_y * rows, x = next % tiles_x * SUB_COLUMNS;
+      const uint32_t to = stage * job.stage;
+      load_tile<T>(to, job.x, s, job.x_tile, {n, c, 1, y - up, x - MARGIN<P>}, job.copy, false);
+      load_tile<T>(to + grad_offset, job.grad, s, job.grad_tile, {n, c, 1, y, x}, job.grad_copy, false);
+    }
     copy_commit();
+    if (item < split) continue;
     copy_wait<1>();
     __syncthreads();
-    const uint32_t x_tile = now * job.stage, grad_tile = x_tile + grad_offset;
+    const uint32_t tiles = (stage ^ 1) * job.stage;
     const int filled = s.h - item / tiles_x % tiles_y * rows;  // rows of the map from here on
 #pragma unroll 1
     for (int y = slice * SUB_ROWS; y < rows && y < filled; y += job.slices * SUB_ROWS) {
-      typename FragmentsOf<T, EXACT>::type grad;
-      grad.load_grad(grad_tile + y * job.grad_tile.stride, job.grad_tile.stride, lane);
+      Matrices grad;
+      grad.load_grad(tiles + my_grad + y * grad_stride, grad_stride);
+      uint32_t from = tiles + my_x + y * x_stride;
 #pragma unroll
-      for (int r = 0; r < GRAD_ROWS; ++r) {
-        const int ky = group + r * job.groups;
-        const int stride = job.x_tile.stride;
-        if (ky >= s.kernel) continue;
-        const uint32_t from = x_tile + (y + ky * s.dilation) * stride;
+      for (int r = 0; r < GRAD_ROWS; ++r, from += step) {
+        if (group + r * job.groups >= s.kernel) break;
         if constexpr (EXACT) {
           // Tensor cores cut sums off, towards zero, so that the errors of long sums of positive numbers add up: they
           // sum these 16 rows alone, and what rounds to the nearest does the rest.
           float part[COUNT][4] = {};
-          grad.add(part, from, stride, lane);
+          grad.add(part, from, x_stride);
 #pragma unroll
           for (int j = 0; j < COUNT; ++j)
 #pragma unroll
             for (int i = 0; i < 4; ++i) sum[r][j][i] += part[j][i];
         } else {
-          grad.add(sum[r], from, stride, lane);
+          grad.add(sum[r], from, x_stride);
         }
       }
     }
     __syncthreads();
-    now ^= 1;
   }
   copy_wait<0>();
   __syncthreads();
