@@ -102,6 +102,12 @@ class Emulation:
         if sums is not None and partial is not None:
             self.add_up(partial, sums, partial.shape[-1], 1)
 
+    def planned_sets(self, x: Tensor, out: Tensor, kernel: int) -> int:
+        """In how many sets of rows a warp makes the outputs."""
+        self._begin()
+        shape = ctypes.byref(Shape(*x.shape, kernel, 1))
+        return self.library.planned_sets(TYPES[x.dtype], _strides(x), _strides(out), shape)
+
     def weight_grad(self, x: Tensor, grad: Tensor, out: Tensor, kernel: int, dilation: int, tf32: bool) -> None:
         """As the operator of operators.cpp."""
         shape = ctypes.byref(Shape(*x.shape, kernel, dilation))

@@ -42,6 +42,14 @@ const char* forward(int type, const void* x, const int64_t* x_stride, const void
   return type == FLOAT16 ? run_forward<Half>(job, false, nullptr) : run_forward<BFloat>(job, false, nullptr);
 }
 
+// In how many sets of rows a warp makes the outputs.
+int planned_sets(int type, const int64_t* x_stride, const int64_t* out_stride, const Shape* shape) {
+  Forward job = {};
+  job.x = map_of(nullptr, x_stride), job.out = map_of(nullptr, out_stride), job.shape = *shape;
+  plan(job, size_of(type), emulation::processors);
+  return job.tile.sets;
+}
+
 // The number of partial sums of each weight.
 int weight_grad_parts(int type, const Shape* shape) {
   WeightGrad job = {};

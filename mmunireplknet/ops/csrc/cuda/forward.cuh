@@ -45,7 +45,8 @@ __device__ __forceinline__ void store_pixels(const Forward& job, int n, int c0, 
     const int channel = i % each * step, pixel = i / each, part = pixel / (SUB_ROWS * SUB_COLUMNS);
     const int row = pixel / SUB_COLUMNS % SUB_ROWS, column = pixel % SUB_COLUMNS, subtile = first + part;
     const int down = subtile / job.across, c = c0 + channel;
-    const int y = y0 + (down * SUB_ROWS + row) * job.tile.sets + set, x = x0 + (subtile - down * job.across) * SUB_COLUMNS + column;
+    const int y = y0 + (down * SUB_ROWS + row) * job.tile.sets + set;
+    const int x = x0 + (subtile - down * job.across) * SUB_COLUMNS + column;
     if (down >= job.down || c >= job.shape.c || !is_inside(y, x, job.shape)) continue;
     const uint32_t from = job.staging + (part * job.group + channel) * bytes + row * STAGED<T> + column * sizeof(T);
     T* to = static_cast<T*>(map.data) + n * map.image + c * map.plane + y * map.row + x * map.pixel;
@@ -188,7 +189,7 @@ const char* start_forward(const Forward& job, Stream stream) {
   return launch(forward_kernel<T, P, KERNEL, EXACT>, job, blocks, job.warps * 32, job.shared, stream);
 }
 
-// With the fragments of 13x13 and 7x7 kernels in registers, where that leaves room for several blocks. `exact` is about
+// With the weights of 13x13 and 7x7 kernels in registers, where that leaves room for several blocks. `exact` is about
 // single precision alone.
 template <typename T>
 const char* run_forward(Forward job, bool exact, Stream stream) {
