@@ -18,7 +18,8 @@ __device__ __forceinline__ void stage_outputs(uint32_t to, float first, float se
 template <typename T>
 constexpr int STAGED = SUB_COLUMNS * sizeof(T) + 16;
 
-// A set of a warp's subtile, from where it is staged to a map whose pixels lie one after the other: rows y0, y0 + step...
+// A set of a warp's subtile, rows y0, y0 + step and so on, from where it is staged to a map whose pixels lie one after
+// the other.
 template <typename T, typename Vector>
 __device__ __forceinline__ void store_rows(const Map& map, const Shape& shape, T* to, uint32_t from, int y0, int x0,
                                            int step) {
@@ -31,8 +32,8 @@ __device__ __forceinline__ void store_rows(const Map& map, const Shape& shape, T
   }
 }
 
-// The same set of all warps, to a map whose channels lie one after the other: `group` channels of `parts` subtiles, which
-// follow each other in shared memory. The tile begins at y0, x0.
+// The same set of all warps, to a map whose channels lie one after the other: `group` channels of `parts` subtiles,
+// which follow each other in shared memory. The tile begins at y0, x0.
 template <typename T>
 __device__ __forceinline__ void store_pixels(const Forward& job, int n, int c0, int y0, int x0, int first, int parts,
                                              int set) {

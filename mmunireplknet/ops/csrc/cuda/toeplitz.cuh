@@ -174,7 +174,7 @@ struct Convolution {
 #pragma unroll
       for (int ky = 0; ky < KERNEL; ++ky) add_row(sum, taps[ky], from + ky * step);
     } else {
-#pragma unroll 1
+#pragma unroll 2
       for (int ky = 0; ky < kernel; ++ky) {
         Row now;
         now.load(table);
