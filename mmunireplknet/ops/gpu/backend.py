@@ -1,4 +1,4 @@
-"""The backend ``triton``: what ``ops.backends`` asks of one, of the files beside this."""
+"""The backend ``triton``: what ``ops.backends`` and ``ops.pointwise_kernels`` ask of one, of the files beside this."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from torch import Tensor
 
 from . import tuning
 from .block import block_backward, block_forward, block_stats, block_sums, block_supports
+from .coefficients import affine, excite, excite_grads, gates, grn, grn_grads, normalize_grads
 from .convolution import forward, supports
 from .gram import weight_grad
+from .moments import moments
+from .pointwise import apply, grad, sums
 
 __all__ = [
-    'block_backward', 'block_forward', 'block_stats', 'block_sums', 'block_supports', 'divisions', 'forward',
+    'affine', 'apply', 'block_backward', 'block_forward', 'block_stats', 'block_sums', 'block_supports', 'divisions',
+    'excite', 'excite_grads', 'forward', 'gates', 'grad', 'grn', 'grn_grads', 'moments', 'normalize_grads', 'sums',
     'supports', 'weight_grad',
 ]  # fmt: skip
 

@@ -22,7 +22,10 @@ import triton.language as tl
 from .checked_memory import checked_memory
 
 NAME = 'mmunireplknet.ops._interpreted_gpu'
-MODULES = ('toeplitz', 'layouts', 'tuning', 'convolution', 'gram', 'branches', 'statistics', 'block')
+MODULES = (
+    'toeplitz', 'layouts', 'tuning', 'convolution', 'gram', 'branches', 'statistics', 'block', 'pointwise', 'moments',
+    'coefficients', 'backend',
+)  # fmt: skip
 
 
 @contextlib.contextmanager
