@@ -85,18 +85,20 @@ def update_running_statistics(
             where it is: nobody waits for it.
     """
     unbiased = count.double() / (count - 1).clamp_min(1) if isinstance(count, Tensor) else count / max(count - 1, 1)
+    together = zip(norms, means, variances, strict=True)
+    tracking = [t for t in together if t[0].training and t[0].track_running_stats and t[0].running_mean is not None]
+    if counters := [norm.num_batches_tracked for norm, *_ in tracking if norm.num_batches_tracked is not None]:
+        torch._foreach_add_(counters, 1)
     groups: dict[float, list[tuple[Any, Tensor, Tensor]]] = {}
-    for norm, mean, var in zip(norms, means, variances, strict=True):
-        if norm.training and norm.track_running_stats and norm.running_mean is not None:
-            tracked = None if norm.num_batches_tracked is None else norm.num_batches_tracked.add_(1)
-            factor = norm.momentum
-            if factor is None:
-                factor = 0.0 if tracked is None else 1.0 / float(tracked)
-            if isinstance(count, Tensor) or count:
-                groups.setdefault(factor, []).append((norm, mean.to(norm.running_mean.dtype), var * unbiased))
+    for norm, mean, var in tracking if isinstance(count, Tensor) or count else ():
+        factor = norm.momentum
+        if factor is None:
+            factor = 0.0 if norm.num_batches_tracked is None else 1.0 / float(norm.num_batches_tracked)
+        groups.setdefault(factor, []).append((norm, mean.to(cast(Tensor, norm.running_mean).dtype), var))
     for factor, group in groups.items():
         _approach([norm.running_mean for norm, *_ in group], [mean for _, mean, _ in group], factor, count)
-        variances = [var.to(norm.running_var.dtype) for norm, _, var in group]
+        variances = torch._foreach_mul([var for *_, var in group], unbiased)
+        variances = [var.to(norm.running_var.dtype) for (norm, *_), var in zip(group, variances, strict=True)]
         _approach([norm.running_var for norm, *_ in group], variances, factor, count)
 
 
