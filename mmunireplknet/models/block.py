@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from .. import compat
-from ..ops import DepthwiseConv2d, backends, depthwise_conv2d_pooled, pointwise
+from ..ops import DepthwiseConv2d, backends, depthwise_conv2d_pooled, pointwise, pointwise_kernels
+from ..ops.linear import autocast_device
 from .dilated_reparam import DilatedReparamBlock, build_norm, default_branches, depthwise_conv, with_weights
 from .layers import GRN, NCHWtoNHWC, NHWCtoNCHW, SEBlock
 from .norms import (
@@ -107,8 +108,9 @@ class UniRepLKNetBlock(BaseModule):
         return x + self.drop_path(y)
 
     def _is_fusible(self, x: Tensor) -> bool:
-        """Whether the fused operators compute this: channels_last on the CPU, BN as norm, nobody listening inside."""
-        if not backends.suits_cpp(x) or not x.is_contiguous(memory_format=torch.channels_last) or not x.numel():
+        """Whether the fused operators compute this: on the CPU channels_last, BN as norm, nobody listening inside."""
+        is_last = x.is_contiguous(memory_format=torch.channels_last)
+        if not x.numel() or not ((backends.suits_cpp(x) and is_last) or (pointwise_kernels.suits(x) and _is_dense(x))):
             return False
         layers = [self.se, *self.se.children(), *self.pwconv1, *self.act, *self.pwconv2]
         types = [type(layer) for layer in (layers if self.deploy else layers[:-1])]
@@ -136,14 +138,29 @@ class UniRepLKNetBlock(BaseModule):
         return self.se(*depthwise_conv2d_pooled(x, conv.weight, conv.bias, conv.dilation[0], conv.backend))
 
     def _forward_fused(self, x: Tensor) -> Tensor:
-        dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
-        with torch.autocast('cpu', enabled=False):
-            y = self._gate(self.dwconv(x.to(dtype)).permute(0, 2, 3, 1).contiguous())
-            return self._finish(x, self._mlp(y).to(x.dtype))
+        device = autocast_device(x)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        with torch.autocast(device, enabled=False):
+            if not torch.is_grad_enabled() and self._is_pooled(x):
+                return self._deployed(x, x.to(dtype))
+            y = self._gate(self.dwconv(x.to(dtype)).permute(0, 2, 3, 1))
+            return self._finish(x, self._mlp(y))
+
+    def _deployed(self, x: Tensor, rounded: Tensor) -> Tensor:
+        """The deploy form on a GPU, without gradients, of ``x`` and of what the convolution gets of it."""
+        conv = cast(DepthwiseConv2d, self._convolution())
+        y, sums = depthwise_conv2d_pooled(rounded, conv.weight, conv.bias, conv.dilation[0], conv.backend, False)
+        y = self._mlp(pointwise.excite(y.permute(0, 2, 3, 1), sums, *self._se_weights()))
+        y = self.drop_path(y) if self.training else y
+        return pointwise.add(y, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def _se_weights(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        down, up = self.se.down, self.se.up
+        return (down.weight.flatten(1), cast(Tensor, down.bias)), (up.weight.flatten(1), cast(Tensor, up.bias))
 
     def _gate(self, y: Tensor) -> Tensor:
         """``se(norm(y))`` for y (N, H, W, C)."""
-        down, up = ((conv.weight.flatten(1), cast(Tensor, conv.bias)) for conv in (self.se.down, self.se.up))
+        down, up = self._se_weights()
         if self.deploy:
             one, zero = y.new_ones(y.shape[-1]), y.new_zeros(y.shape[-1])
             return pointwise.gate(y, one, zero, pointwise.Statistics(0.0, zero, one), down, up)[0]
@@ -167,8 +184,8 @@ class UniRepLKNetBlock(BaseModule):
         """``x + drop_path(gamma * norm(y))``, for y (N, H, W, C)."""
         scale = self.drop_path(x.new_ones(len(x), 1, 1, 1, dtype=torch.float32))  # 1 / keep would be rounded
         if self.deploy:
-            y = ((y * scale).to(y.dtype) if self.training else y).permute(0, 3, 1, 2)
-            return x + y if torch.is_grad_enabled() else y.add_(x)
+            y = ((y * scale).to(x.dtype) if self.training else y.to(x.dtype)).permute(0, 3, 1, 2)
+            return y.add_(x) if not torch.is_grad_enabled() and y.stride() == x.stride() else x + y
         norm = cast(_BatchNorm, self.pwconv2[2])
         scale = scale.flatten(1).expand(-1, x.shape[1])
         if self.gamma is not None:
@@ -228,3 +245,7 @@ class UniRepLKNetBlock(BaseModule):
         self.pwconv2 = nn.Sequential(with_weights(linear, *fold_scale(weight, bias, scale, shift)), NHWCtoNCHW())
         grn.beta = None
         self.gamma = None
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)

@@ -54,6 +54,7 @@ ON_GPU = ('cuda', 'triton')  # in the order in which they are taken where nothin
 OLDEST = (8, 0)  # compute capability: bfloat16 and TF32 in tensor cores, asynchronous copies
 NO_MEMORY = 'there is too little memory left for the self-check.'
 _MODULES = {'triton': '.gpu.backend', 'cuda': '.cuda'}
+_PARTS = {'convolutions': '', 'block': ' of the Dilated Reparam Block', 'pointwise': ' of the pointwise layers'}
 _checked: dict[tuple[str, int], str] = {}  # why not, by backend and GPU
 _postponed: set[tuple[str, int]] = set()  # for which there was too little memory to find out
 _warned: set[str] = set()
@@ -97,12 +98,16 @@ def _why_not_on_gpu(backend: str, device: torch.device | None) -> str:
     known = _checked.get((backend, device.index)) if device is not None and device.index is not None else None
     if known is not None:  # asked at every convolution
         return known
-    if reason := _why_not_installed(backend) or _why_no_gpu(backend) or _why_not_loaded(backend):
+    if reason := _why_not_there(backend):
         return reason
     if _is_interpreted(backend):
         return ''
     index = torch.cuda.current_device() if device is None or device.index is None else device.index
     return _checked_on_gpu(backend, torch.device('cuda', index))
+
+
+def _why_not_there(backend: str) -> str:
+    return _why_not_installed(backend) or _why_no_gpu(backend) or _why_not_loaded(backend)
 
 
 @functools.cache
@@ -144,12 +149,12 @@ def why_no_block(backend: str, device: torch.device) -> str:
 
 
 def is_checked(backend: str, device: torch.device, part: str = 'convolutions') -> bool:
-    """Whether it is known if the 'convolutions' or the 'block' of ``backend`` work: to find out waits for the GPU."""
+    """Whether it is known if the part of ``backend``, of ``_PARTS``, works: to find out waits for the GPU."""
     return _key(backend, device, part) in _checked
 
 
 def _key(backend: str, device: torch.device, part: str = 'convolutions') -> tuple[str, int]:
-    return (f'{backend} block' if part == 'block' else backend), device.index or 0
+    return (backend if part == 'convolutions' else f'{backend} {part}'), device.index or 0
 
 
 def _checked_on_gpu(backend: str, device: torch.device, part: str = 'convolutions') -> str:
@@ -176,7 +181,7 @@ def _check_on_gpu(backend: str, device: torch.device, part: str) -> str:
             return NO_MEMORY
         problem = f'the self-check on {name} failed: {type(error).__name__}: {error}'
     if problem:
-        what = f'{backend} kernels of the Dilated Reparam Block' if part == 'block' else f'{backend} kernels'
+        what = f'{backend} kernels{_PARTS[part]}'
         warnings.warn(f'mmunireplknet: the {what} are not used: {problem}', stacklevel=2)
     return problem
 
@@ -329,17 +334,17 @@ def compute(do: Callable[[Any], Result], backend: str, function: str, x: Tensor,
 
 
 def compute_pooled(
-    x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, backend: str
+    x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, backend: str, layout: torch.memory_format
 ) -> tuple[Tensor, Tensor]:
-    """The convolution, in channels_last memory, and the sums (N, C) of its maps, in float32 at least.
+    """The convolution, in memory of that layout, and the sums (N, C) of its maps, in float32 at least.
 
     By one pass where the backend's ``forward`` takes ``pooled=True`` and ``layout=``.
     """
 
     def do(module: Any) -> tuple[Tensor, Tensor]:
         if _pools(module.forward):
-            return module.forward(x, weight, bias, dilation, pooled=True, layout=torch.channels_last)
-        y = module.forward(x, weight, bias, dilation).contiguous(memory_format=torch.channels_last)
+            return module.forward(x, weight, bias, dilation, pooled=True, layout=layout)
+        y = module.forward(x, weight, bias, dilation).contiguous(memory_format=layout)
         return y, y.sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
 
     return compute(do, backend, 'pooled', x, weight.shape[-1], dilation)

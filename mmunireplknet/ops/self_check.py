@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from . import reference
+from . import coefficients, passes, reference
 
 __all__ = ['self_check']
 
@@ -31,13 +31,15 @@ def self_check(name: str, backend: Any, device: torch.device, part: str = '') ->
         name: Of the backend; 'cpp' has pointwise kernels as well.
         backend: Its module, see ``backends``.
         device: Where to check it.
-        part: 'convolutions' or 'block'; empty for all.
+        part: 'convolutions', 'block' or 'pointwise'; empty for all that it has.
     """
-    checks = [] if part == 'block' else [_convolutions(backend, device), _sums(backend, device)]
-    if part != 'convolutions':
+    checks = [_convolutions(backend, device), _sums(backend, device)] if part in ('', 'convolutions') else []
+    if part in ('', 'block'):
         checks.append(_blocks(backend, device))
-    if name == 'cpp':
-        checks.append(_pointwise())
+    if part == 'pointwise' or name == 'cpp':
+        checks.append(_pointwise(torch.ops.mmuni_cpu if name == 'cpp' else backend, device))
+    if part == 'pointwise':
+        checks.append(_coefficients(backend, device))
     with _disable_current_modes(), torch.no_grad(), torch.autocast(device.type, enabled=False):
         for what, dtype, mine, exact in itertools.chain.from_iterable(checks):
             error = float((mine.double().cpu() - exact).norm() / exact.norm())
@@ -118,20 +120,58 @@ def _blocks(backend: Any, device: torch.device) -> _Results:
             yield 'block backward', dtype, value, right
 
 
-def _pointwise() -> _Results:
-    cpp, draw = torch.ops.mmuni_cpu, _drawing(2)
-    scale, shift, slope, pivot = draw(2, 19), draw(2, 19), draw(2, 19), draw(19)
-    for dtype in (torch.float32, torch.bfloat16):
-        x, grad, residual = (draw(2, 300, 19).to(dtype) for _ in range(3))
-        out, grad_x, total = torch.empty_like(x), torch.empty_like(x), torch.empty_like(scale)
-        total = torch.stack([total, total], 1)
-        cpp.apply(x, scale, shift, residual, out, True)
-        cpp.grad(grad, x, scale, shift, slope, grad_x, True)
-        cpp.sums(x, grad, pivot, None, total, True)
-        x, grad, residual = x.double(), grad.double(), residual.double()
-        a, b, c = (t.double()[:, None] for t in (scale, shift, slope))
-        value = F.gelu(x)
-        derivative = torch.special.ndtr(x) + x * torch.exp(-0.5 * x.square()) * 0.3989422804014327
-        yield 'apply', dtype, out, value * a + b + residual
-        yield 'grad', dtype, grad_x, (grad * a + b + c * value) * derivative
-        yield 'sums', dtype, total, torch.stack([(grad * (value - pivot.double())).sum(1), grad.sum(1)], 1)
+def _pointwise(kernels: Any, device: torch.device) -> _Results:
+    """The passes against plain torch in float64, with maps in each layout that they take."""
+    draw = _drawing(2)
+    planes = (False, True) if hasattr(kernels, 'moments') else (False,)  # those for the CPU take contiguous maps
+    for dtype, turned in itertools.product((torch.float32, torch.bfloat16), planes):
+        x, grad, residual = (draw(2, 15, 20, 19).to(dtype) for _ in range(3))
+        small = scale, shift, slope, pivot = draw(2, 19), draw(2, 19), draw(2, 19), draw(19)
+        there = [t.to(device) for t in (x, grad, residual)]
+        if turned:
+            there[1] = there[1].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+        a, b, c, p = (t.to(device) for t in small)
+        wide = [t.double() for t in (x, grad, residual)]
+        for name, mine, exact in (
+            ('apply', (there[0], a, b, there[2]), (wide[0], scale, shift, wide[2])),
+            ('grad', (there[1], there[0], a, b, c), (wide[1], wide[0], scale, shift, slope)),
+        ):
+            out, right = torch.empty_like(there[1]), torch.empty_like(wide[0])
+            getattr(kernels, name)(*mine, out, True)
+            getattr(passes, name)(*exact, right, True)
+            yield name, dtype, out, right
+        total, right = there[0].new_empty((2, 2, 19), dtype=torch.float32), wide[0].new_empty((2, 2, 19))
+        kernels.sums(there[0], there[1], p, None, total, True)
+        passes.sums(wide[0], wide[1], pivot, None, right, True)
+        yield 'sums', dtype, total, right
+        if hasattr(kernels, 'moments'):
+            for mine, right in zip(kernels.moments(there[1]), passes.moments(wide[1]), strict=True):
+                yield 'moments', dtype, mine, right
+
+
+def _coefficients(kernels: Any, device: torch.device) -> _Results:
+    """Against plain torch in float64."""
+    draw = _drawing(4)
+    n, c, r = 3, 38, 9
+    sums, squares, multiplier, weight, bias = draw(n, 2, c), draw(n, c).square(), draw(n, c), draw(c), draw(c)
+    norm = (draw(c), draw(c).square() + 0.1, 1e-3, weight, bias)
+    layers = ((draw(r, c), draw(r)), (draw(c, r), draw(c)))
+    e = coefficients.excite(multiplier, *norm, *layers)
+    for name, given in (
+        ('affine', (*norm, multiplier)),
+        ('excite', (multiplier, *norm, *layers)),
+        ('excite_grads', (sums.unbind(1), e, weight, bias, layers[0][0], layers[1][0])),
+        ('gates', (multiplier, 40, *layers)),
+        ('grn', (squares, weight)),
+        ('grn_grads', (sums.unbind(1)[0], squares, weight)),
+        (
+            'normalize_grads',
+            (sums.unbind(1), weight, bias, norm[0], e.inverse, e.pooled, multiplier, e.gates, 40, 40 * n, None, True),
+        ),
+    ):
+        there = tree_map_only(Tensor, lambda t: t.to(device), given)
+        exact = tree_map_only(Tensor, lambda t: t.double(), given)
+        results = (tree_leaves(getattr(m, name)(*a)) for m, a in ((kernels, there), (coefficients, exact)))
+        for mine, right in zip(*results, strict=True):
+            if right is not None:
+                yield name, torch.float32, mine, right.expand(mine.shape)

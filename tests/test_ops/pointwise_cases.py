@@ -95,7 +95,7 @@ def problem(
         bias1, bias2 = (small[5].to(dtype), small[0].to(dtype)) if kind.biases else (None, None)
         inputs = [x, weight1, bias1, small[6], small[7] if kind.beta else None, weight2, bias2]
         return Problem(pointwise.grn_mlp, grn_mlp, inputs, grad)
-    kept = (small[2], small[3].square() + 0.1) if kind.kept else None
+    kept = _kept(c) if kind.kept else None
     statistics = pointwise.Statistics(EPS, *kept) if kept else pointwise.Statistics(EPS)
     if name == 'normalize':
         inputs = [x, small[0], small[1], small[4] if kind.multiplier else None, residual if kind.residual else None]
@@ -114,6 +114,16 @@ def problem(
     )
 
 
+def _kept(c: int) -> tuple[Tensor, Tensor]:
+    """Running statistics for ``c`` channels."""
+    return image((c,), 5), image((c,), 6).square() + 0.1
+
+
+def kept_statistics(p: Problem) -> tuple[Tensor, Tensor]:
+    """Those that a problem with ``Kind.kept`` normalizes with."""
+    return _kept(p.inputs[0].shape[-1])
+
+
 def differentiate(function: Function, inputs: Sequence[Tensor | None], grad: Tensor) -> list[Tensor]:
     """Output of ``function`` and its gradients for those of ``inputs`` that are there."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
@@ -121,14 +131,14 @@ def differentiate(function: Function, inputs: Sequence[Tensor | None], grad: Ten
     return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], grad.to(y.dtype))]
 
 
-def errors(p: Problem, function: Function | None = None) -> list[float]:
-    """Relative L2 errors of the output and of every gradient against the layers in float64.
+def errors(p: Problem, function: Function | None = None, actual: list[Tensor] | None = None) -> list[float]:
+    """Relative L2 errors of the output and of every gradient, ``actual`` or by ``function``, to the layers in float64.
 
     A gradient below a hundredth of what its input could get from ``grad`` is what cancels to zero, as that of a shift
     which a batch normalization takes out again; its error is compared with that much.
     """
     exact = differentiate(p.layers, [None if t is None else t.double() for t in p.inputs], p.grad.double())
-    actual = differentiate(function or p.mine, p.inputs, p.grad)
+    actual = differentiate(function or p.mine, p.inputs, p.grad) if actual is None else actual
     given = [t for t in p.inputs if t is not None]
     assert [t.dtype for t in actual] == [p.inputs[0].dtype, *(t.dtype for t in given)]
     assert [t.shape for t in actual] == [t.shape for t in exact]
