@@ -22,8 +22,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from mmunireplknet.ops.gpu import convolution, gram, layouts, toeplitz, tuning
+from mmunireplknet.ops.gpu import coefficients, convolution, gram, layouts, moments, pointwise, toeplitz, tuning
 
+MODULES = (coefficients, convolution, gram, layouts, moments, pointwise, toeplitz)  # with kernels
 TOOLS = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
 INSTRUCTION = re.compile(r'^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)(.*)$', re.MULTILINE)
 
@@ -75,7 +76,7 @@ def compiling_for(capability: int, compile_: bool = True) -> Iterator[list[Launc
         patch.setattr(JITFunction, 'run', warm_up)
         if not compile_:
             patch.setattr(JITFunction, '_do_compile', count)
-        for module in (convolution, gram, layouts, toeplitz):  # forget what is compiled, here and for the others
+        for module in MODULES:  # forget what is compiled, here and for the others
             for function in vars(module).values():
                 if isinstance(function, JITFunction):
                     patch.setattr(function, 'device_caches', type(function.device_caches)(function.create_binder))
