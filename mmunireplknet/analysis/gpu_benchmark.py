@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..models.dilated_reparam import DilatedReparamBlock
 from ..models.unireplknet import UniRepLKNet
+from . import gpu_pointwise
 from .gpu_clock import CpuClock, GpuClock
 from .peers import DIRECTIONS, LAYOUTS, build_convnext, by_backend, by_torch, published_form
 
@@ -29,7 +30,8 @@ Shape = tuple[int, int, int, int]
 Clock = GpuClock | CpuClock
 
 PARTS = (
-    'anchors-13', 'ours-13', 'block', 'training', 'inference', 'anchors-7', 'ours-7', 'anchors-31', 'ours-31',
+    'anchors-13', 'ours-13', 'block', 'pointwise', 'training', 'inference', 'anchors-7', 'ours-7', 'anchors-31',
+    'ours-31',
 )  # fmt: skip
 DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float32': torch.float32}
 WIDTHS = {'T': 80, 'S': 96, 'B': 128, 'L': 192}  # channels of stage 1, which double from stage to stage
@@ -118,7 +120,8 @@ def plan(scale: Scale, parts: Sequence[str] = PARTS) -> list[Work]:
         if kind in ('anchors', 'ours'):
             work += _depthwise(scale, part, int(kernel)) if int(kernel) in scale.kernels else []
         else:
-            work += {'block': _block, 'training': _training, 'inference': _inference}[kind](scale)
+            kinds = {'block': _block, 'pointwise': _pointwise, 'training': _training, 'inference': _inference}
+            work += kinds[kind](scale)
     return work
 
 
@@ -166,6 +169,14 @@ def _block(scale: Scale) -> Iterator[Work]:
             for layout in LAYOUTS:
                 facts = dict(dtype=dtype, shape=scale.block)
                 yield Work('block', row, f'{kind} {layout}', facts, partial(build, kind, layout, dtype))
+
+
+def _pointwise(scale: Scale) -> Iterator[Work]:
+    for dtype in scale.dtypes:
+        for name in gpu_pointwise.PASSES:
+            facts = dict(shape=scale.block, dtype=dtype, name=name)
+            build = partial(gpu_pointwise.pass_of, name, scale.block, DTYPES[dtype])
+            yield Work('pointwise', f'{name} {dtype} {scale.block}', 'triton', facts, build)
 
 
 def _model(scale: Scale, kind: str, layout: str, **kwargs: Any) -> nn.Module:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import gpu_pointwise
 from .roofline import Card, Floors, floors
 
 __all__ = ['depthwise_verdicts', 'draw', 'markdown']
@@ -32,6 +33,8 @@ def markdown(entries: Sequence[Entry], environment: Mapping[str, str], card: Car
         for dtype in dict.fromkeys(e['dtype'] for e in convolutions):
             chosen = [e for e in convolutions if (e['kernel'], e['dtype']) == (kernel, dtype)]
             lines += _convolution_table(chosen, kernel, dtype, card) if chosen else []
+    if chosen := [e for e in entries if e['part'] == 'pointwise']:
+        lines += gpu_pointwise.table(chosen, card)
     for part in _LABELS:
         if chosen := [e for e in entries if e['part'] == part]:
             lines += _work_table(chosen, part)

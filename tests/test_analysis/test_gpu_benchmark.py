@@ -11,6 +11,7 @@ import torch
 from mmunireplknet.analysis import gpu_benchmark
 from mmunireplknet.analysis.gpu_benchmark import FULL, PARTS, QUICK, TINY, Work, plan, read, run
 from mmunireplknet.analysis.gpu_clock import CpuClock, GpuClock, Measured
+from mmunireplknet.analysis.gpu_pointwise import PASSES, table
 from mmunireplknet.analysis.gpu_report import depthwise_verdicts, draw, markdown
 from mmunireplknet.analysis.roofline import CARDS, Card, Floors, card_of, floors
 from mmunireplknet.analysis.timing import Timing
@@ -325,3 +326,28 @@ def test_models_run(part):
 
 def test_card_rates_are_positive():
     assert all(min(card.bandwidth, card.fma, card.tensor) > 1e11 and isinstance(card, Card) for card in CARDS)
+
+
+def test_pointwise_passes_run() -> None:
+    """Each moves as many maps as its roofline is made of."""
+    work = plan(TINY, ('pointwise',))
+    assert len(work) == 2 * len(PASSES)
+    for one in work:
+        function = one.build(torch.device('cpu'))
+        maps = [t for t in function.args if isinstance(t, torch.Tensor) and t.dim() == 4]
+        _, count, channels = PASSES[one.facts['name']]
+        assert len(maps) == count
+        assert all(t.numel() == channels * math.prod(one.facts['shape']) for t in maps)
+        function()
+
+
+def test_table_of_pointwise_passes() -> None:
+    """Of a map of 2 x 4 x 9 x 11 values, on a card that moves a megabyte a second: the bytes are the microseconds."""
+    card = Card('slow', 1e6, 1.0, 1.0)
+    facts = dict(shape=(2, 4, 9, 11), dtype='bfloat16', name='GELU and GRN')
+    entries = [
+        entry('pointwise', 'row', 'triton', mode, ms, **facts) for mode, ms in (('graph', 25.344), ('eager', 30))
+    ]
+    *_, line = table(entries, card)
+    assert line == '| GELU and GRN | (2, 4, 9, 11), bfloat16 | 25344.0 (30000.0) | 12672.0 | 50% |'
+    assert len(list(table([{**entries[0], 'error': 'RuntimeError'}], card))) == 5
