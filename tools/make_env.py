@@ -90,7 +90,8 @@ def check_python(stack: str) -> None:
 
 def preflight() -> None:
     """Stop where system packages are missing, naming them all in the one command that installs them."""
-    if missing := missing_system_packages():
+    missing = missing_system_packages()
+    if missing:
         sys.exit(
             '[env] this system lacks what the build needs. Run, as root (elsewhere than on Debian or Ubuntu, '
             'install what these packages hold):\n'
@@ -157,7 +158,8 @@ def torch_version(python: str) -> str:
 
 def torch_arguments(python: str, stack: str, torch: str | None) -> list[str]:
     """Arguments for pip that bring torch: the CPU build without a GPU, torchvision to match."""
-    if present := torch_version(python):
+    present = torch_version(python)
+    if present:
         say(f'torch {present} is there already and is kept')
         return [f'torch=={present}', 'torchvision']
     pinned = requirements_of(ROOT / REQUIREMENTS[stack][0])
@@ -279,7 +281,8 @@ def install_mmcv(python: str, stack: str) -> None:
         say(f'{requirement} with its ops is there already and is kept')
         return
     version, cuda = torch_tags(python)
-    if index := mmcv_wheel_index(stack, version, cuda):
+    index = mmcv_wheel_index(stack, version, cuda)
+    if index:
         if install(python, '--only-binary', ':all:', '-f', index, requirement, check=False) and ask(python, works):
             return
         say(f'no usable wheel of {requirement} for torch {version} ({cuda}) at {index}')
@@ -384,15 +387,11 @@ def make_env(stack: str, torch: str | None) -> None:
 
 def build_ops(python: str) -> None:
     """Compile those of the package's kernels that are not there; nothing requires them."""
-    if (wish := os.environ.get('MMUNI_WITH_OPS')) == '0':
-        return
-    command = [python, str(ROOT / 'mmunireplknet/ops/build.py'), *(['--kernels', 'cpu'] if wish == 'cpu' else [])]
-    done = subprocess.run(command, capture_output=True, text=True)
-    sys.stderr.write(done.stderr)
-    print(*(line for line in done.stdout.splitlines(True) if 'is up to date' not in line), sep='', end='')
-    if done.returncode:
-        kinds = ' and '.join(re.findall(r'^The (\w+) kernels ', done.stderr, re.MULTILINE))
-        say(f'mmunireplknet goes without its compiled {kinds} kernels, for the reason above')
+    wish = os.environ.get('MMUNI_WITH_OPS')
+    if wish != '0':
+        command = [python, str(ROOT / 'mmunireplknet/ops/build.py'), '--quiet']
+        if subprocess.run(command + (['--kernels', 'cpu'] if wish == 'cpu' else [])).returncode:
+            say('mmunireplknet goes without the compiled kernels that are named above')
 
 
 if __name__ == '__main__':

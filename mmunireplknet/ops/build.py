@@ -345,6 +345,7 @@ def main() -> None:
         prog='python -m mmunireplknet.ops.build', description='Build the compiled kernels of mmunireplknet.'
     )
     parser.add_argument('--force', action='store_true', help='build even what is there')
+    parser.add_argument('--quiet', action='store_true', help='say nothing of what is there')
     parser.add_argument(
         '--kernels', choices=KINDS, help='only these; by default those for the CPU, and those for CUDA where that works'
     )
@@ -357,8 +358,10 @@ def main() -> None:
                 continue
             file = library_file(kind, others=False)
             if file and not args.force:
-                sys.stdout.write(f'{file} is up to date\n')
+                sys.stdout.write('' if args.quiet else f'{file} is up to date\n')
                 continue
+            sys.stdout.write(f'compiling the {_title(kind)} kernels\n')
+            sys.stdout.flush()
             file = build(kind=kind)
         except RuntimeError as error:
             failed.append(str(error))

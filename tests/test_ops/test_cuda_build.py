@@ -64,7 +64,9 @@ def test_why_not(
     monkeypatch.setattr(sys, 'argv', ['build'])
     build.main()
     assert files_in(package) == [build.library_name()]
-    assert len(capsys.readouterr().out.splitlines()) == 1
+    said, made = capsys.readouterr().out.splitlines()
+    assert said == 'compiling the CPU kernels'
+    assert 'built in' in made
 
 
 @pytest.mark.parametrize('linked', [True, False])
@@ -183,7 +185,7 @@ def test_main_builds_both(package: Path, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(sys, 'argv', ['build'])
     for said in ('built in', 'is up to date'):
         build.main()
-        lines = capsys.readouterr().out.splitlines()
+        lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith('compiling the C')]
         assert [str(build.library_file(kind)) for kind in build.KINDS] == [line.split()[0] for line in lines]
         assert all(said in line for line in lines)
 
