@@ -2,30 +2,58 @@
 # mypy: allow-untyped-defs, disable-error-code="assignment, var-annotated"
 """Statistics of the branches of a Dilated Reparam Block, without their outputs ever being written.
 
-One pass over the map takes mean and variance of every branch from the float32 accumulators, before anything is rounded;
-another, over the map and the gradient, what the gradient of batch normalization sums up. Every program writes what it
-found, and these partial results are put together in a fixed order: no atomics, the same bits every time.
+One pass over the map takes mean and variance of every branch from the float32 accumulators, before anything is rounded.
+Every program writes what it found, and these partial results are put together in a fixed order: no atomics, the same
+bits every time.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .branches import COLUMNS, Plan, branch_values, in_map, load_bands, load_window, tile_at, tile_of
+from .branches import (
+    Division,
+    Plan,
+    branch_values,
+    division_of,
+    groups_of,
+    in_map,
+    lay_out,
+    plan_of,
+    tile_of,
+)
+from .convolution import PLACES, corner_of
 
-__all__ = ['finish', 'gradient_sums', 'merge', 'moments', 'splits_of']
+__all__ = ['SIZES', 'finish', 'merge', 'moments', 'patches_of', 'splits_of']
 
-_WARPS = 2
-_PROGRAMS = 1024  # enough for 132 multiprocessors, a handful on each
+SIZES = ['N', 'C', 'H', 'W', 'pitch_units', 'blocks', 'splits']
+_RESIDENT = 264  # programs at a time: two on each of 132 multiprocessors
 
 
-def splits_of(x: Tensor, rows: int) -> int:
-    """How many programs share the tiles of a channel of ``x`` (N, C, H, pitch)."""
-    n, c, h, w = x.shape
-    return max(1, min(triton.cdiv(_PROGRAMS, c), n * triton.cdiv(h, rows) * triton.cdiv(w, COLUMNS)))
+def patches_of(x: Tensor, width: int, plan: Plan) -> tuple[Division, dict[str, Any]]:
+    """How the outputs of the branches are computed: blocks of patches, and the rows of the window in each product."""
+    tile = tile_of(x, 'outputs', plan)
+    division = division_of(x, width, plan, tile)
+    products = plan.products(tile.rows, tile.down)
+    return division, {'PRODUCTS': products, 'DOWN': tile.down, 'DILATIONS': plan.dilations, **division.constants}
+
+
+def splits_of(channels: int, blocks: int) -> int:
+    """How many programs share the blocks of a channel: with those the GPU is done first."""
+    return _splits(channels, blocks, _RESIDENT)
+
+
+@functools.lru_cache(maxsize=4096)
+def _splits(channels: int, blocks: int, resident: int) -> int:
+    """What a program does once costs as much as a block."""
+    choices = range(1, min(blocks, 64) + 1)
+    return min(choices, key=lambda splits: triton.cdiv(channels * splits, resident) * (triton.cdiv(blocks, splits) + 1))
 
 
 def moments(x: Tensor, width: int, weight: Tensor, plan: Plan) -> Tensor:
@@ -37,58 +65,74 @@ def moments(x: Tensor, width: int, weight: Tensor, plan: Plan) -> Tensor:
         weight: Of all branches, flat: one (C, 1, K, K) after the other. Rounded to the dtype of ``x``.
         plan: Of the branches.
     """
-    n, c, h, pitch = x.shape
-    tile = tile_of(x, _WARPS)
-    splits = splits_of(x, tile['ROWS'])
-    out = x.new_empty((splits, 2 * len(plan.kernels) + 1, c), dtype=torch.float32)
-    _moments_kernel[(c, splits)](x, weight, out, n, c, h, width, pitch, splits, **plan.constants(), **tile)
+    c, branches = x.shape[1], len(plan.kernels)
+    table = lay_out(weight, c, plan, x.dtype)
+    division, _ = patches_of(x, width, plan)
+    splits = splits_of(c, division.blocks)
+    out = x.new_empty((splits, 2 * branches + 1, c), dtype=torch.float32)
+    for members in groups_of(plan, tile_of(x, 'outputs', plan).together):
+        division, constants = patches_of(x, width, plan_of(plan.kernels, plan.dilations, members))
+        _moments_kernel[(c * splits,)](
+            x, table, out, *division.sizes, division.blocks, splits, *division.places,
+            FIRST=members[0], BRANCHES=branches, TABLE=table[0].numel(), **constants,
+        )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=['N', 'C', 'H', 'W', 'pitch', 'SPLITS'])
+@triton.jit(do_not_specialize=SIZES + PLACES)
 def _moments_kernel(
-    x_ptr, weight_ptr, out_ptr, N, C, H, W, pitch, SPLITS,
-    KERNELS: tl.constexpr, DILATIONS: tl.constexpr, BEFORE: tl.constexpr, TAPS: tl.constexpr, LEAD: tl.constexpr,
-    DEPTH: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, table_ptr, out_ptr, N, C, H, W, pitch_units, blocks, splits, groups, groups_factor, groups_shift, tiles,
+    tiles_factor, tiles_shift, FIRST: tl.constexpr, BRANCHES: tl.constexpr, DILATIONS: tl.constexpr,
+    TABLE: tl.constexpr, PRODUCTS: tl.constexpr, DOWN: tl.constexpr, REACH: tl.constexpr, LEAD: tl.constexpr,
+    DEPTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    BRANCHES: tl.constexpr = len(TAPS[0])
-    c = tl.program_id(0)
-    split = tl.program_id(1)
-    pitch = pitch // ALIGN * ALIGN  # which tells the compiler what divides it
-    bands = load_bands(weight_ptr, x_ptr, C, c, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH, False)
-    # Each row of the tiles keeps its own statistics: no exchange between the warps but at the end.
-    count = tl.zeros((ROWS,), tl.float32)
+    c = tl.program_id(0) // splits
+    split = tl.program_id(0) % splits
+    pitch = pitch_units * ALIGN  # which tells the compiler what divides it
+    plane = H.to(tl.int64) * pitch
+    table = table_ptr + c.to(tl.int64) * TABLE
+    # Each patch of the blocks keeps its own statistics: no exchange between the warps but at the end.
+    count = tl.zeros((BLOCK,), tl.float32)
     means = ()
     squares = ()
-    for _ in tl.static_range(BRANCHES):
-        means = means + (tl.zeros((ROWS,), tl.float32),)
-        squares = squares + (tl.zeros((ROWS,), tl.float32),)
-    for index in range(split, N * tl.cdiv(H, ROWS) * tl.cdiv(W, 16), SPLITS):
-        n, y0, x0 = tile_at(index, H, W, ROWS)
-        plane = x_ptr + (n * C + c).to(tl.int64) * H * pitch
-        values = branch_values(
-            plane, bands, weight_ptr, C, c, y0, x0, H, pitch, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH,
-            ROWS, PRECISION, True,
+    for _ in tl.static_range(len(DILATIONS)):
+        means = means + (tl.zeros((BLOCK,), tl.float32),)
+        squares = squares + (tl.zeros((BLOCK,), tl.float32),)
+    for block in range(split, blocks, splits):
+        n, y, x0 = corner_of(
+            block * BLOCK + tl.arange(0, BLOCK), groups, groups_factor, groups_shift, tiles, tiles_factor, tiles_shift,
+            ROWS, 16, 1,
         )  # fmt: skip
-        valid = in_map(y0, x0, H, W, ROWS)
-        fresh = tl.sum(valid.to(tl.float32), axis=1)
+        valid = n < N
+        corner = n * (C * plane) + c * plane + (y * pitch + x0)
+        values = ()
+        for _ in tl.static_range(len(DILATIONS)):
+            values = values + (tl.zeros((BLOCK, ROWS * 16), tl.float32),)
+        # The offset is 0, which no compiler knows: it must not keep what it loads there for the whole loop.
+        values = branch_values(
+            values, x_ptr, corner, valid, y, x0, H, pitch, table + tl.minimum(block, 0) * 16, PRODUCTS, DILATIONS,
+            REACH, LEAD, DEPTH, ROWS, DOWN, PRECISION,
+        )  # fmt: skip
+        weights = in_map(valid, y, x0, H, W, ROWS).to(tl.float32)
+        # The pixels of a patch that are inside, without summing them up.
+        fresh = (tl.minimum(H - y, ROWS) * tl.minimum(W - x0, 16)).to(tl.float32) * valid.to(tl.float32)
         inverse = 1 / tl.maximum(fresh, 1)
         share = fresh / tl.maximum(count + fresh, 1)
-        for b in tl.static_range(BRANCHES):
-            mean = tl.sum(tl.where(valid, values[b], 0.0), axis=1) * inverse
-            deviation = tl.where(valid, values[b] - mean[:, None], 0.0)
+        for b in tl.static_range(len(DILATIONS)):
+            mean = tl.sum(values[b] * weights, axis=1) * inverse
+            deviation = values[b] - mean[:, None]
             shift = mean - means[b]
-            square = squares[b] + tl.sum(deviation * deviation, axis=1) + shift * shift * count * share
+            square = squares[b] + tl.sum(deviation * weights * deviation, axis=1) + shift * shift * count * share
             squares = squares[:b] + (square,) + squares[b + 1 :]
             means = means[:b] + (means[b] + shift * share,) + means[b + 1 :]
         count += fresh
     whole = tl.sum(count, axis=0)
     out = out_ptr + split * ((2 * BRANCHES + 1) * C) + c
-    for b in tl.static_range(BRANCHES):
+    for b in tl.static_range(len(DILATIONS)):
         mean = tl.sum(count * means[b], axis=0) / whole
         shift = means[b] - mean
-        tl.store(out + b * C, mean)
-        tl.store(out + (BRANCHES + b) * C, tl.sum(squares[b] + count * shift * shift, axis=0))
+        tl.store(out + (FIRST + b) * C, mean)
+        tl.store(out + (BRANCHES + FIRST + b) * C, tl.sum(squares[b] + count * shift * shift, axis=0))
     tl.store(out + 2 * BRANCHES * C, whole)
 
 
@@ -172,63 +216,3 @@ def _merge_kernel(
         inside = (y < KERNELS[0]) & (x < KERNELS[0])
         tl.store(merged_ptr + c * (KERNELS[0] * KERNELS[0]) + y * KERNELS[0] + x, merged, mask=inside)
         tl.store(bias_ptr + c, bias.to(tl.float32))
-
-
-def gradient_sums(
-    grad: Tensor, x: Tensor, width: int, weight: Tensor, mean: Tensor, var: Tensor, plan: Plan, eps: tuple[float, ...]
-) -> tuple[Tensor, Tensor]:
-    """``sum g (z_b - mean_b) / sqrt(var_b + eps_b)``, (branches, C), and ``sum g``, (C,), in float32.
-
-    Args:
-        grad: g, the gradient of the sum of the branches, (N, C, H, pitch), see ``branches.to_rows``.
-        x: Like ``grad``.
-        width: W of the map.
-        weight: See ``moments``.
-        mean: (branches, C).
-        var: (branches, C), biased.
-        plan: Of the branches.
-        eps: One a branch.
-    """
-    n, c, h, pitch = x.shape
-    tile, branches = tile_of(x, _WARPS), len(plan.kernels)
-    splits = splits_of(x, tile['ROWS'])
-    out = x.new_empty((splits, branches + 1, c), dtype=torch.float32)
-    _gradient_sums_kernel[(c, splits)](
-        grad, x, weight, mean, var, out, n, c, h, width, pitch, splits, EPS=eps, **plan.constants(), **tile
-    )  # fmt: skip
-    return out[:, :branches].sum(0), out[:, branches].sum(0)
-
-
-@triton.jit(do_not_specialize=['N', 'C', 'H', 'W', 'pitch', 'SPLITS'])
-def _gradient_sums_kernel(
-    grad_ptr, x_ptr, weight_ptr, mean_ptr, var_ptr, out_ptr, N, C, H, W, pitch, SPLITS, EPS: tl.constexpr,
-    KERNELS: tl.constexpr, DILATIONS: tl.constexpr, BEFORE: tl.constexpr, TAPS: tl.constexpr, LEAD: tl.constexpr,
-    DEPTH: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    BRANCHES: tl.constexpr = len(TAPS[0])
-    c = tl.program_id(0)
-    split = tl.program_id(1)
-    pitch = pitch // ALIGN * ALIGN
-    bands = load_bands(weight_ptr, x_ptr, C, c, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH, False)
-    total = tl.zeros((ROWS,), tl.float32)
-    sums = ()
-    means = ()
-    for b in tl.static_range(BRANCHES):
-        sums = sums + (tl.zeros((ROWS,), tl.float32),)
-        means = means + (tl.load(mean_ptr + b * C + c),)
-    for index in range(split, N * tl.cdiv(H, ROWS) * tl.cdiv(W, 16), SPLITS):
-        n, y0, x0 = tile_at(index, H, W, ROWS)
-        offset = (n * C + c).to(tl.int64) * H * pitch
-        values = branch_values(
-            x_ptr + offset, bands, weight_ptr, C, c, y0, x0, H, pitch, KERNELS, DILATIONS, BEFORE, TAPS, LEAD, DEPTH,
-            ROWS, PRECISION, True,
-        )  # fmt: skip
-        grad = load_window(grad_ptr + offset, y0 + tl.arange(0, ROWS), x0, H, pitch, 0, 16).to(tl.float32)
-        total += tl.sum(grad, axis=1)
-        for b in tl.static_range(BRANCHES):
-            more = sums[b] + tl.sum(grad * (values[b] - means[b]), axis=1)  # grad is 0 outside of the map
-            sums = sums[:b] + (more,) + sums[b + 1 :]
-    out = out_ptr + split * ((BRANCHES + 1) * C) + c
-    for b in tl.static_range(BRANCHES):
-        tl.store(out + b * C, tl.sum(sums[b], axis=0) * tl.rsqrt(tl.load(var_ptr + b * C + c) + EPS[b]))
-    tl.store(out + BRANCHES * C, tl.sum(total, axis=0))

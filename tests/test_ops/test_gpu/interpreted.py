@@ -23,8 +23,8 @@ from .checked_memory import checked_memory
 
 NAME = 'mmunireplknet.ops._interpreted_gpu'
 MODULES = (
-    'toeplitz', 'layouts', 'tuning', 'convolution', 'gram', 'branches', 'statistics', 'block', 'pointwise', 'moments',
-    'coefficients', 'backend',
+    'toeplitz', 'layouts', 'tuning', 'convolution', 'gram', 'branches', 'statistics', 'outputs', 'gradients', 'block',
+    'pointwise', 'moments', 'coefficients', 'backend',
 )  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def test_many_tiles_of_a_program(gpu: SimpleNamespace, monkeypatch: pytest.Monke
     inputs = inputs_of(Case('one branch', (35, 20), 1, 2))
     results = []
     for programs in (1, 3, 1024):
-        monkeypatch.setattr(gpu.statistics, '_PROGRAMS', programs)
+        monkeypatch.setattr(gpu.statistics, '_RESIDENT', programs)
         results.append(statistics(gpu, inputs))
     for mean, var, expected_mean, expected_var in results:
         assert relative_error(mean, expected_mean) < 1e-5
@@ -84,9 +84,40 @@ def test_one_value(gpu: SimpleNamespace) -> None:
     assert not var.any()
 
 
-def test_each_row_of_a_plan_is_used_once(gpu: SimpleNamespace) -> None:
-    plan = gpu.branches.plan_of((13, 5, 7, 3, 3, 3), (1, 1, 2, 3, 4, 5))
-    rows = [row for taps in plan.taps for row in taps if row >= 0]
-    assert sorted(rows) == list(range(34))
-    assert [taps.count(-1) for taps in plan.taps] == [4, 4, 3, 4, 3, 4, 0, 4, 3, 4, 3, 4, 4]
-    assert plan.taps[6] == (6, 15, 21, 26, 29, 32)  # the middle
+@pytest.mark.parametrize(('rows', 'down'), [(2, 2), (4, 2), (2, 1), (4, 1)])
+@pytest.mark.parametrize('members', [None, (0,), (2,), (5,), (1, 3, 4)])
+def test_the_products_of_a_plan(gpu: SimpleNamespace, members: tuple[int, ...] | None, rows: int, down: int) -> None:
+    """Each row of a patch meets each row of its kernels once, in the row of the window that lies under it."""
+    sizes, dilations = (13, 5, 7, 3, 3, 3), (1, 1, 2, 3, 4, 5)
+    plan = gpu.branches.plan_of(sizes, dilations, members)
+    found = []
+    for first, b, place, low, high in plan.products(rows, down):
+        for distance in range(low, high + 1, plan.dilations[b]):
+            for py in range(rows):
+                if 0 <= distance + py < down:
+                    row = place + (distance - low) // plan.dilations[b]
+                    found.append((b, py, first + distance + py - plan.reach - py, row))
+    expected = [
+        (i, py, (ky - sizes[b] // 2) * dilations[b], sum(sizes[:b]) + ky)
+        for i, b in enumerate(range(6) if members is None else members)
+        for py in range(rows)
+        for ky in range(sizes[b])
+    ]
+    assert sorted(found) == sorted(expected)
+
+
+@pytest.mark.parametrize('flipped', [False, True])
+def test_the_rows_laid_out(gpu: SimpleNamespace, flipped: bool) -> None:
+    plan = gpu.branches.plan_of((7, 3, 1), (1, 3, 1))
+    weights = [torch.randn(2, 1, k, k, generator=torch.Generator().manual_seed(k)) for k in plan.kernels]
+    table = gpu.branches.lay_out(torch.cat([w.flatten() for w in weights]), 2, plan, torch.float32, flipped)
+    row = 0
+    for weight, k, dilation in zip(weights, plan.kernels, plan.dilations, strict=True):
+        for taps in (weight.flip(2, 3) if flipped else weight)[:, 0].unbind(1):
+            expected = torch.zeros(2, plan.depth, 16)
+            for n in range(16):
+                for kx in range(k):
+                    expected[:, plan.lead + n + (kx - k // 2) * dilation, n] = taps[:, kx]
+            assert torch.equal(table[:, row], expected)
+            row += 1
+    assert row == table.shape[1]
