@@ -253,7 +253,7 @@ def choose(
     if device == 'cuda' and do is not None and hasattr(module_of(backend), 'divisions'):
         kind = fastest.kind_of(function, x, kernel, dilation)
         if fastest.remembered(kind, backend) is None and fastest.may_time(x, kind):
-            fastest.find(kind, _candidates(backend, function, x, dilation, do), x.device, backend)
+            fastest.find(kind, _candidates(backend, function, x, dilation, do), x.device, backend, x.shape)
     return backend
 
 
@@ -268,7 +268,7 @@ def _choose_on_gpu(x: Tensor, kernel: int, dilation: int, function: str, do: Cal
         return fastest.guess(function, kernel, names)
     of_backends = {name: _candidates(name, function, x, dilation, do) for name in (*names, 'torch')}
     candidates = {label: candidate for some in of_backends.values() for label, candidate in some.items()}
-    label, errors = fastest.find(kind, candidates, x.device)
+    label, errors = fastest.find(kind, candidates, x.device, size=x.shape)
     for name, some in of_backends.items():
         if some.keys() <= errors.keys():
             give_up(name, kind, next(errors[label] for label in some))

@@ -110,7 +110,7 @@ def _taken(kind: fastest.Kind, fused: dict[str, Callable[[], Result]], plain: Ca
     candidates: dict[str, Callable[[], object]] = {**fused}
     if not fastest.is_failed(kind, fastest.BRANCHES):
         candidates[fastest.BRANCHES] = plain if _fits(x) else _refuse
-    taken, errors = fastest.find(kind, candidates, x.device)
+    taken, errors = fastest.find(kind, candidates, x.device, size=x.shape)
     for backend in fused.keys() & errors.keys():
         backends.give_up(backend, kind, errors[backend])
     return taken

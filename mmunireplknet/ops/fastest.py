@@ -47,7 +47,8 @@ CLOCK = 2e9  # cycles a second, no less than a GPU has
 BRANCHES = 'branches'  # label of a Dilated Reparam Block that is computed branch after branch
 HANDICAP = {BRANCHES: 1.1}  # by which its time counts more, as it needs more memory
 
-_times: dict[Kind, dict[str, float]] = {}  # milliseconds by label; infinite of what raised
+_times: dict[Kind, dict[str, float]] = {}  # milliseconds by label, all of maps of one size; infinite of what raised
+_sizes: dict[Kind, tuple[int, ...]] = {}
 _settled: dict[tuple[Kind, str], str] = {}  # labels, by kind and scope
 _divisions: dict[tuple[Kind, str], str] = {}  # the fastest of a backend
 _failed: set[tuple[Kind, str]] = set()
@@ -142,14 +143,16 @@ def is_failed(kind: Kind, name: str) -> bool:
 
 def clear() -> None:
     """Forget everything but the file."""
-    for memory in (_times, _settled, _divisions, _failed, _short, _read, _unwritable):
+    for memory in (_times, _sizes, _settled, _divisions, _failed, _short, _read, _unwritable):
         memory.clear()
 
 
 def find(
-    kind: Kind, candidates: Mapping[str, Candidate], device: torch.device, scope: str = ''
+    kind: Kind, candidates: Mapping[str, Candidate], device: torch.device, scope: str = '', size: Sequence[int] = ()
 ) -> tuple[str, dict[str, Exception]]:
     """Time the candidates for which that has not been done, and remember the fastest of all.
+
+    What was timed on a map of another size counts as long as nothing is missing, and is timed anew with what is.
 
     It is not remembered as long as memory is too short for one of them, which is tried ``TRIES`` times, nor while
     something else is being timed, of which this is a part.
@@ -159,6 +162,7 @@ def find(
         candidates: What does it, by label.
         device: Where.
         scope: Under which name to remember it: empty, or the backend that the choice is limited to.
+        size: Of the map on which the candidates work.
 
     Returns:
         The label of the fastest, and what those raised that could not do it.
@@ -168,7 +172,9 @@ def find(
     """
     with _lock:
         _read_file(device)
-        known = _times.setdefault(kind, {})
+        if not candidates.keys() <= _times.setdefault(kind, {}).keys():
+            _are_of(kind, tuple(size))
+        known = _times[kind]
         new: dict[str, float] = {}
         errors: dict[str, Exception] = {}
         hopeless = all(known.get(label) == math.inf for label in candidates)
@@ -186,7 +192,7 @@ def find(
             else:
                 torch.cuda.empty_cache()  # what the candidate has had is in pieces that may fit nothing else
         if new:
-            _write_file(kind, new, device)
+            _write_file(kind, new, device, _sizes[kind])
         usable = [label for label in candidates if known.get(label, math.inf) < math.inf]
         if not usable:
             raise list(errors.values())[-1]
@@ -196,6 +202,13 @@ def find(
         if not is_timing() and (not short or _short[kind, scope] >= TRIES):
             _settled[kind, scope] = taken
         return taken, errors
+
+
+def _are_of(kind: Kind, size: tuple[int, ...]) -> None:
+    """Forget the times of a kind that are of a map of another size: up to eight times the work of this one."""
+    if _sizes.setdefault(kind, size) != size:
+        _sizes[kind] = size
+        _times[kind] = {label: ms for label, ms in _times[kind].items() if ms == math.inf}
 
 
 def _learn(kind: Kind, label: str, milliseconds: float) -> None:
@@ -275,17 +288,20 @@ def _read_file(device: torch.device) -> None:
             entry = json.loads(line)
             times = {str(label): float(ms) for label, ms in entry['ms'].items()}
             kind: Kind = (index, *entry['kind'])
+            size = tuple(int(length) for length in entry['size'])
             if {name: entry[name] for name in identity} == identity and all(0 < ms < math.inf for ms in times.values()):
-                for label in times.keys() - _times.get(kind, {}).keys():
+                _times.setdefault(kind, {})
+                _are_of(kind, size)  # the last ones count
+                for label in times.keys() - _times[kind].keys():
                     _learn(kind, label, times[label])
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # a line that another process is writing, or that somebody has edited
 
 
-def _write_file(kind: Kind, times: Mapping[str, float], device: torch.device) -> None:
+def _write_file(kind: Kind, times: Mapping[str, float], device: torch.device, size: tuple[int, ...] = ()) -> None:
     if (path := _file()) is None:
         return
-    line = json.dumps({**_identity(device), 'kind': kind[1:], 'ms': times}) + '\n'
+    line = json.dumps({**_identity(device), 'kind': kind[1:], 'size': size, 'ms': times}) + '\n'
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         full = path.is_file() and path.stat().st_size > MOST_BYTES

@@ -348,3 +348,36 @@ def test_the_stream_of_the_map_is_asked(
     streams = Streams(monkeypatch, *capturing)
     assert fastest.is_capturing(None if index is None else torch.device('cuda', index)) == expected
     assert streams.current == 0
+
+
+LARGE, SMALL = image((2, 6, 31, 31)), image((2, 6, 20, 21))  # of one kind
+
+
+@pytest.mark.parametrize('how', ['short of memory', 'built since'])
+def test_times_of_maps_of_two_sizes_are_not_compared(gpu: FakeGPU, file: Path, how: str) -> None:
+    """What comes late, on a map of less work, would win by that, in every later process too."""
+    gpu.milliseconds |= {'cuda': 4.0, 'triton': 1.0}
+    cuda = gpu.backends['cuda']
+    if how == 'built since':
+        del gpu.backends['cuda']
+    cuda.fails = SHORT
+    convolve(LARGE)
+    cuda.fails, gpu.backends['cuda'] = None, cuda
+    if how == 'built since':
+        fastest.clear()
+    gpu.milliseconds |= {'cuda': 0.8, 'triton': 0.2}
+    convolve(SMALL)
+    assert backends.choose('auto', LARGE, 13) == 'triton'
+    fastest.clear()
+    timed = len(gpu.timed)
+    convolve(LARGE)
+    assert (len(gpu.timed), backends.choose('auto', LARGE, 13)) == (timed, 'triton')
+
+
+def test_lines_of_maps_of_two_sizes_are_not_mixed(gpu: FakeGPU, file: Path) -> None:
+    """As two processes write them, each with maps of its own."""
+    kind, device = fastest.kind_of('forward', SMALL, 13, 1), torch.device('cpu')
+    fastest._write_file(kind, {'cuda': 4.0, 'triton': 1.0}, device, (2, 6, 31, 31))
+    fastest._write_file(kind, {'torch': 0.9, 'triton': 0.2}, device, (2, 6, 20, 21))
+    convolve(SMALL)
+    assert (gpu.timed, backends.choose('auto', SMALL, 13)) == (['cuda'], 'triton')
