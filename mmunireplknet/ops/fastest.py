@@ -14,6 +14,8 @@ and may choose differently: their results then differ in the last bits.
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
 import math
 import os
@@ -29,6 +31,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from .. import compat
+
 __all__ = [
     'BRANCHES', 'clear', 'division', 'find', 'guess', 'is_capturing', 'is_failed', 'is_out_of_memory', 'is_timing',
     'kind_of', 'mark_failed', 'may_time', 'remembered',
@@ -37,7 +41,7 @@ __all__ = [
 Kind = tuple[int, str, int, int, str, bool, int, int, int]
 Candidate = Callable[[], object]
 
-MOST = 4096  # kinds that are remembered; what comes later is guessed
+MOST = 4096  # kinds that a process times, beside those of the file; what comes later is guessed
 MOST_BYTES = 4 << 20  # of the file, which is begun anew beyond
 TRIES = 3  # that a candidate for which there was too little memory has
 REPEATS = 5
@@ -47,8 +51,11 @@ CLOCK = 2e9  # cycles a second, no less than a GPU has
 BRANCHES = 'branches'  # label of a Dilated Reparam Block that is computed branch after branch
 HANDICAP = {BRANCHES: 1.1}  # by which its time counts more, as it needs more memory
 
+HERE = Path(__file__).resolve().parent
+
 _times: dict[Kind, dict[str, float]] = {}  # milliseconds by label, all of maps of one size; infinite of what raised
 _sizes: dict[Kind, tuple[int, ...]] = {}
+_timed: set[Kind] = set()  # in this process
 _settled: dict[tuple[Kind, str], str] = {}  # labels, by kind and scope
 _divisions: dict[tuple[Kind, str], str] = {}  # the fastest of a backend
 _failed: set[tuple[Kind, str]] = set()
@@ -62,8 +69,9 @@ _local = threading.local()
 def kind_of(function: str, x: Tensor, kernel: int, dilation: int) -> Kind:
     """What the time depends on; maps (N, C, H, W) of one kind are less than a factor of two apart in each size."""
     n, c, h, w = x.shape
+    dtype = f'{x.dtype} (TF32)' if x.dtype == torch.float32 and compat.convolutions_may_use_tf32() else str(x.dtype)
     sizes = (n * c).bit_length(), h.bit_length(), w.bit_length()
-    return x.device.index or 0, function, kernel, dilation, str(x.dtype), x.stride(1) == 1, *sizes
+    return x.device.index or 0, function, kernel, dilation, dtype, x.stride(1) == 1, *sizes
 
 
 def guess(function: str, kernel: int, names: Sequence[str]) -> str:
@@ -117,7 +125,7 @@ def is_timing() -> bool:
 
 def may_time(x: Tensor, kind: Kind) -> bool:
     """Whether candidates for work of this kind can be run on ``x`` now, and their order may decide."""
-    if _is_fixed() or (len(_times) >= MOST and kind not in _times):
+    if _is_fixed() or (len(_timed) >= MOST and kind not in _times):
         return False
     return not (isinstance(x, FakeTensor) or torch.compiler.is_compiling() or is_capturing(x.device))
 
@@ -143,7 +151,7 @@ def is_failed(kind: Kind, name: str) -> bool:
 
 def clear() -> None:
     """Forget everything but the file."""
-    for memory in (_times, _sizes, _settled, _divisions, _failed, _short, _read, _unwritable):
+    for memory in (_times, _sizes, _timed, _settled, _divisions, _failed, _short, _read, _unwritable):
         memory.clear()
 
 
@@ -192,6 +200,7 @@ def find(
             else:
                 torch.cuda.empty_cache()  # what the candidate has had is in pieces that may fit nothing else
         if new:
+            _timed.add(kind)
             _write_file(kind, new, device, _sizes[kind])
         usable = [label for label in candidates if known.get(label, math.inf) < math.inf]
         if not usable:
@@ -270,7 +279,23 @@ def _identity(device: torch.device) -> dict[str, str]:
 
     triton = getattr(sys.modules.get('triton'), '__version__', '')  # imported, wherever its kernels work
     name = torch.cuda.get_device_name(device)
-    return {'device': name, 'torch': torch.__version__, 'triton': triton, 'mmunireplknet': __version__}
+    return {
+        'device': name,
+        'torch': torch.__version__,
+        'triton': triton,
+        'mmunireplknet': f'{__version__} {fingerprint()}',
+    }
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Hash of what computes: while the package is worked on, its version stays the same."""
+    digest = hashlib.sha256()
+    files = [file for pattern in ('*.py', 'gpu/*.py', 'csrc/cuda/*.*') for file in HERE.glob(pattern)]
+    with contextlib.suppress(OSError):  # it is being installed anew
+        for file in sorted(files):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _read_file(device: torch.device) -> None:

@@ -244,16 +244,16 @@ def test_the_file_is_bounded(gpu: FakeGPU, file: Path, monkeypatch: pytest.Monke
 
 
 def test_more_kinds_than_are_remembered(gpu: FakeGPU, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the file knows counts, however much that is."""
+    """What the file knows counts, however much that is, and keeps nothing else from being timed."""
     gpu.milliseconds['triton'] = 0.5
     for kernel in (13, 11):
         convolve(weight=WEIGHT[..., :kernel, :kernel])
     fastest.clear()
     monkeypatch.setattr(fastest, 'MOST', 1)
-    for kernel in (13, 11, 9):
+    for kernel in (13, 11, 9, 7):
         convolve(weight=WEIGHT[..., :kernel, :kernel])
-    assert len(gpu.timed) == 6
-    assert [backends.choose('auto', X, kernel) for kernel in (13, 11, 9)] == ['triton', 'triton', 'cuda']
+    assert len(gpu.timed) == 9
+    assert [backends.choose('auto', X, kernel) for kernel in (13, 11, 9, 7)] == [*['triton'] * 3, 'cuda']
 
 
 def write(number: int) -> None:
@@ -381,3 +381,30 @@ def test_lines_of_maps_of_two_sizes_are_not_mixed(gpu: FakeGPU, file: Path) -> N
     fastest._write_file(kind, {'torch': 0.9, 'triton': 0.2}, device, (2, 6, 20, 21))
     convolve(SMALL)
     assert (gpu.timed, backends.choose('auto', SMALL, 13)) == (['cuda'], 'triton')
+
+
+def test_products_in_tf32_are_another_kind(gpu: FakeGPU) -> None:
+    """They take a third of the work of the others on tensor cores, and torch's own kernel has no use for them."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    kinds = {}
+    try:
+        for torch.backends.cudnn.conv.fp32_precision in ('tf32', 'ieee'):
+            kinds |= {fastest.kind_of('forward', X.to(dtype), 13, 1): dtype for dtype in (torch.float32, torch.float16)}
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+    assert sorted(map(str, kinds.values())) == ['torch.float16', 'torch.float32', 'torch.float32']
+
+
+def test_timings_of_other_sources(gpu: FakeGPU, file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of the same version of the package, as while it is worked on."""
+    convolve()
+    (tmp_path / 'gpu').mkdir()
+    (tmp_path / 'gpu' / 'convolution.py').write_text('faster = True')
+    monkeypatch.setattr(fastest, 'HERE', tmp_path)
+    fastest.fingerprint.cache_clear()
+    try:
+        fastest.clear()
+        convolve()
+        assert len(gpu.timed) == 6
+    finally:
+        fastest.fingerprint.cache_clear()
