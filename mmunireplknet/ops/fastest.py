@@ -239,11 +239,11 @@ def _being_timed() -> Iterator[None]:
 
 
 def _milliseconds(candidate: Candidate, device: torch.device, limit: float = math.inf) -> float:
-    """Of the GPU alone: the calls are queued while it is busy with something else. Beyond ``limit`` one is enough."""
+    """Of the GPU alone: the calls are queued while it is busy with something else. Beyond ``limit`` two are enough."""
     candidate()  # compiles, and fills the caches
     best, cycles = math.inf, HEAD_START
     with torch.cuda.device(device):
-        for repeats in (1, REPEATS, REPEATS):
+        for count, repeats in enumerate((1, 1, REPEATS, REPEATS)):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda._sleep(cycles)
             start.record()
@@ -254,7 +254,7 @@ def _milliseconds(candidate: Candidate, device: torch.device, limit: float = mat
             end.record()
             end.synchronize()
             best = min(best, start.elapsed_time(end) / repeats)
-            if best > limit:
+            if count and best > limit:  # once may be somebody else's doing
                 break
             cycles = max(HEAD_START, int(1.5 * CLOCK * min(queueing, 0.1)))  # a block by branches is many launches
     return best

@@ -140,29 +140,40 @@ GPU = torch.device('cuda', 0)
 ONCE, REPEATED = (['sleep', 'record', *['call'] * count, 'record', 'wait'] for count in (1, fastest.REPEATS))
 
 
-@pytest.mark.parametrize(('limit', 'rounds'), [(math.inf, 3), (3.5, 3), (2.5, 1)])
+@pytest.mark.parametrize(('limit', 'rounds'), [(math.inf, 4), (3.5, 4), (2.5, 2)])
 def test_time_of_the_gpu_alone(clock: Clock, limit: float, rounds: int) -> None:
     """Whatever the first call costs, and however long the GPU is kept busy before; not often where it is far behind."""
-    durations = iter([1000.0, 3.0, *[3.0] * 5, *[2.0] * 5])
+    durations = iter([1000.0, 3.0, 3.0, *[3.0] * 5, *[2.0] * 5])
 
     def candidate() -> None:
         clock.log.append('call')
         clock.now += next(durations)
 
-    assert fastest._milliseconds(candidate, GPU, limit) == (2.0 if rounds == 3 else 3.0)
-    assert clock.log == ['call', *ONCE, *(REPEATED + REPEATED if rounds == 3 else [])]
+    assert fastest._milliseconds(candidate, GPU, limit) == (2.0 if rounds == 4 else 3.0)
+    assert clock.log == ['call', *ONCE, *ONCE, *(REPEATED + REPEATED if rounds == 4 else [])]
     assert min(clock.cycles) == fastest.HEAD_START
+
+
+@pytest.mark.parametrize('disturbed', range(3))
+def test_something_else_on_the_gpu_is_not_held_against_a_candidate(clock: Clock, disturbed: int) -> None:
+    """A GPU that draws a desktop, or has other users, is away for milliseconds; the file would keep that."""
+    durations = [0.1] * 14
+    durations[disturbed] = 5.0
+
+    def candidate() -> None:
+        clock.now += durations.pop(0)
+
+    assert fastest._milliseconds(candidate, GPU, 0.25) == pytest.approx(0.1)
 
 
 def test_what_takes_long_to_queue_has_a_longer_head_start(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the GPU would wait for the launches of a block that is computed branch after branch."""
-    seconds = iter([10.0, 10.004, 20.0, 20.02, 30.0, 99.0])
+    seconds = iter([5.0, 5.004, 10.0, 10.004, 20.0, 20.02, 30.0, 99.0])
     monkeypatch.setattr(fastest.time, 'perf_counter', lambda: next(seconds))
     fastest._milliseconds(lambda: None, GPU)
     head_starts = [cycles / fastest.CLOCK for cycles in clock.cycles]
     assert head_starts[0] == fastest.HEAD_START / fastest.CLOCK
-    assert 0.02 < head_starts[1] < 0.1
-    assert 0.02 < head_starts[2] < 0.1
+    assert all(0.02 < head_start < 0.1 for head_start in head_starts[1:])
 
 
 def test_the_limit_is_that_of_the_fastest_so_far(gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch) -> None:
