@@ -290,7 +290,7 @@ def _candidates(
 
 
 def _suits(name: str, kind: fastest.Kind, x: Tensor, kernel: int, dilation: int) -> bool:
-    if fastest.is_failed(kind, name) or (fastest.is_capturing(x.device) and not is_checked(name, x.device)):
+    if fastest.is_failed(kind, name) or (not is_checked(name, x.device) and fastest.is_capturing(x.device)):
         return False  # a check would wait for the GPU, which is an error while a graph is captured
     return not why_not(name, x.device) and not module_of(name).supports(x, kernel, dilation)
 

@@ -95,8 +95,8 @@ def _working(kind: fastest.Kind, x: Tensor) -> list[str]:
     if x.dtype == torch.float64:
         return []
     names = [name for name in backends.ON_GPU if not fastest.is_failed(kind, name)]
-    if fastest.is_capturing(x.device):  # a check would wait for the GPU
-        names = [name for name in names if backends.is_checked(name, x.device, 'block')]
+    # While a graph is captured a check would wait for the GPU.
+    names = [n for n in names if backends.is_checked(n, x.device, 'block') or not fastest.is_capturing(x.device)]
     return [name for name in names if not backends.why_not(name, x.device)]
 
 
