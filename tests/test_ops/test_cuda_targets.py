@@ -180,7 +180,7 @@ def test_what_is_said_in_another_encoding(package: Path, places: list[Path], tmp
     nvcc = program(places[0] / 'nvcc', says)
     assert build.nvcc() == (str(nvcc), (13, 0))
     program(places[1] / 'nvidia-smi', says)
-    with pytest.raises(RuntimeError, match='no GPU is seen here, .*release 13.0'):
+    with pytest.raises(RuntimeError, match=r'no GPU is seen here, .*release 13.0'):
         build._gpus()
-    with pytest.raises(RuntimeError, match='did not compile.\n(.*\n)*.*release 13.0'):
+    with pytest.raises(RuntimeError, match=r'did not compile.\n(.*\n)*.*release 13.0'):
         build._run('cuda', [str(nvcc)])
