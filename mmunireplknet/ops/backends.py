@@ -253,7 +253,7 @@ def choose(
     if device == 'cuda' and do is not None and hasattr(module_of(backend), 'divisions'):
         kind = fastest.kind_of(function, x, kernel, dilation)
         if fastest.remembered(kind, backend) is None and fastest.may_time(x, kind):
-            fastest.find(kind, _candidates(backend, function, x, dilation, do), x.device, backend)
+            fastest.find(kind, _candidates(backend, function, x, dilation, do), x.device, backend, x.shape)
     return backend
 
 
@@ -268,7 +268,7 @@ def _choose_on_gpu(x: Tensor, kernel: int, dilation: int, function: str, do: Cal
         return fastest.guess(function, kernel, names)
     of_backends = {name: _candidates(name, function, x, dilation, do) for name in (*names, 'torch')}
     candidates = {label: candidate for some in of_backends.values() for label, candidate in some.items()}
-    label, errors = fastest.find(kind, candidates, x.device)
+    label, errors = fastest.find(kind, candidates, x.device, size=x.shape)
     for name, some in of_backends.items():
         if some.keys() <= errors.keys():
             give_up(name, kind, next(errors[label] for label in some))
@@ -290,7 +290,7 @@ def _candidates(
 
 
 def _suits(name: str, kind: fastest.Kind, x: Tensor, kernel: int, dilation: int) -> bool:
-    if fastest.is_failed(kind, name) or (fastest.is_capturing(x.device) and not is_checked(name, x.device)):
+    if fastest.is_failed(kind, name) or (not is_checked(name, x.device) and fastest.is_capturing(x.device)):
         return False  # a check would wait for the GPU, which is an error while a graph is captured
     return not why_not(name, x.device) and not module_of(name).supports(x, kernel, dilation)
 

@@ -95,8 +95,8 @@ def _working(kind: fastest.Kind, x: Tensor) -> list[str]:
     if x.dtype == torch.float64:
         return []
     names = [name for name in backends.ON_GPU if not fastest.is_failed(kind, name)]
-    if fastest.is_capturing(x.device):  # a check would wait for the GPU
-        names = [name for name in names if backends.is_checked(name, x.device, 'block')]
+    # While a graph is captured a check would wait for the GPU.
+    names = [n for n in names if backends.is_checked(n, x.device, 'block') or not fastest.is_capturing(x.device)]
     return [name for name in names if not backends.why_not(name, x.device)]
 
 
@@ -110,7 +110,7 @@ def _taken(kind: fastest.Kind, fused: dict[str, Callable[[], Result]], plain: Ca
     candidates: dict[str, Callable[[], object]] = {**fused}
     if not fastest.is_failed(kind, fastest.BRANCHES):
         candidates[fastest.BRANCHES] = plain if _fits(x) else _refuse
-    taken, errors = fastest.find(kind, candidates, x.device)
+    taken, errors = fastest.find(kind, candidates, x.device, size=x.shape)
     for backend in fused.keys() & errors.keys():
         backends.give_up(backend, kind, errors[backend])
     return taken

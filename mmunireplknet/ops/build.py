@@ -135,7 +135,7 @@ def nvccs() -> dict[str, tuple[int, int] | str]:
 
 def _release_of(command: str) -> tuple[int, int] | str:
     try:
-        done = subprocess.run([command, '--version'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = _call([command, '--version'])
     except OSError as error:
         return f'{command} cannot be run: {error}'
     found = re.search(r'release (\d+)\.(\d+)', done.stdout)
@@ -182,7 +182,7 @@ def _gpus() -> list[str]:
     """Compute capabilities of the GPUs here, by the driver's own program: this process does not start CUDA."""
     command = ['nvidia-smi', '--query-gpu=compute_cap', '--format=csv,noheader']
     try:
-        said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+        said = _call(command).stdout
     except OSError as error:
         said = str(error)
     found = sorted(set(re.findall(r'^\d+\.\d$', said, re.MULTILINE)), key=float)
@@ -237,7 +237,7 @@ def _cuda_of_torch() -> str:
 
 def jobs() -> int:
     """Compilers to run at once: ``MAX_JOBS``, as for torch's extensions, or one a core that there is memory for."""
-    if (wish := os.environ.get('MAX_JOBS', '')).isdigit() and int(wish):
+    if (wish := os.environ.get('MAX_JOBS', '')).isdecimal() and int(wish):
         return int(wish)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
@@ -333,8 +333,13 @@ def _unwritable(folder: Path, error: OSError, kind: str) -> RuntimeError:
     return RuntimeError(f'The {_title(kind)} kernels cannot be written to {folder}: {error}.{advice}')
 
 
+def _call(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """With what it says, which may be in any encoding."""
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
+
+
 def _run(kind: str, command: list[str]) -> None:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = _call(command)
     if done.returncode:
         raise RuntimeError(f'The {_title(kind)} kernels did not compile.\n{shlex.join(command)}\n{done.stdout}')
 

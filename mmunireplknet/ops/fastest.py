@@ -14,6 +14,8 @@ and may choose differently: their results then differ in the last bits.
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
 import math
 import os
@@ -29,6 +31,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from .. import compat
+
 __all__ = [
     'BRANCHES', 'clear', 'division', 'find', 'guess', 'is_capturing', 'is_failed', 'is_out_of_memory', 'is_timing',
     'kind_of', 'mark_failed', 'may_time', 'remembered',
@@ -37,7 +41,7 @@ __all__ = [
 Kind = tuple[int, str, int, int, str, bool, int, int, int]
 Candidate = Callable[[], object]
 
-MOST = 4096  # kinds that are remembered; what comes later is guessed
+MOST = 4096  # kinds that a process times, beside those of the file; what comes later is guessed
 MOST_BYTES = 4 << 20  # of the file, which is begun anew beyond
 TRIES = 3  # that a candidate for which there was too little memory has
 REPEATS = 5
@@ -47,7 +51,11 @@ CLOCK = 2e9  # cycles a second, no less than a GPU has
 BRANCHES = 'branches'  # label of a Dilated Reparam Block that is computed branch after branch
 HANDICAP = {BRANCHES: 1.1}  # by which its time counts more, as it needs more memory
 
-_times: dict[Kind, dict[str, float]] = {}  # milliseconds by label; infinite of what raised
+HERE = Path(__file__).resolve().parent
+
+_times: dict[Kind, dict[str, float]] = {}  # milliseconds by label, all of maps of one size; infinite of what raised
+_sizes: dict[Kind, tuple[int, ...]] = {}
+_timed: set[Kind] = set()  # in this process
 _settled: dict[tuple[Kind, str], str] = {}  # labels, by kind and scope
 _divisions: dict[tuple[Kind, str], str] = {}  # the fastest of a backend
 _failed: set[tuple[Kind, str]] = set()
@@ -61,8 +69,9 @@ _local = threading.local()
 def kind_of(function: str, x: Tensor, kernel: int, dilation: int) -> Kind:
     """What the time depends on; maps (N, C, H, W) of one kind are less than a factor of two apart in each size."""
     n, c, h, w = x.shape
+    dtype = f'{x.dtype} (TF32)' if x.dtype == torch.float32 and compat.convolutions_may_use_tf32() else str(x.dtype)
     sizes = (n * c).bit_length(), h.bit_length(), w.bit_length()
-    return x.device.index or 0, function, kernel, dilation, str(x.dtype), x.stride(1) == 1, *sizes
+    return x.device.index or 0, function, kernel, dilation, dtype, x.stride(1) == 1, *sizes
 
 
 def guess(function: str, kernel: int, names: Sequence[str]) -> str:
@@ -116,7 +125,7 @@ def is_timing() -> bool:
 
 def may_time(x: Tensor, kind: Kind) -> bool:
     """Whether candidates for work of this kind can be run on ``x`` now, and their order may decide."""
-    if _is_fixed() or (len(_times) >= MOST and kind not in _times):
+    if _is_fixed() or (len(_timed) >= MOST and kind not in _times):
         return False
     return not (isinstance(x, FakeTensor) or torch.compiler.is_compiling() or is_capturing(x.device))
 
@@ -142,14 +151,16 @@ def is_failed(kind: Kind, name: str) -> bool:
 
 def clear() -> None:
     """Forget everything but the file."""
-    for memory in (_times, _settled, _divisions, _failed, _short, _read, _unwritable):
+    for memory in (_times, _sizes, _timed, _settled, _divisions, _failed, _short, _read, _unwritable):
         memory.clear()
 
 
 def find(
-    kind: Kind, candidates: Mapping[str, Candidate], device: torch.device, scope: str = ''
+    kind: Kind, candidates: Mapping[str, Candidate], device: torch.device, scope: str = '', size: Sequence[int] = ()
 ) -> tuple[str, dict[str, Exception]]:
     """Time the candidates for which that has not been done, and remember the fastest of all.
+
+    What was timed on a map of another size counts as long as nothing is missing, and is timed anew with what is.
 
     It is not remembered as long as memory is too short for one of them, which is tried ``TRIES`` times, nor while
     something else is being timed, of which this is a part.
@@ -159,6 +170,7 @@ def find(
         candidates: What does it, by label.
         device: Where.
         scope: Under which name to remember it: empty, or the backend that the choice is limited to.
+        size: Of the map on which the candidates work.
 
     Returns:
         The label of the fastest, and what those raised that could not do it.
@@ -168,7 +180,9 @@ def find(
     """
     with _lock:
         _read_file(device)
-        known = _times.setdefault(kind, {})
+        if not candidates.keys() <= _times.setdefault(kind, {}).keys():
+            _are_of(kind, tuple(size))
+        known = _times[kind]
         new: dict[str, float] = {}
         errors: dict[str, Exception] = {}
         hopeless = all(known.get(label) == math.inf for label in candidates)
@@ -186,7 +200,8 @@ def find(
             else:
                 torch.cuda.empty_cache()  # what the candidate has had is in pieces that may fit nothing else
         if new:
-            _write_file(kind, new, device)
+            _timed.add(kind)
+            _write_file(kind, new, device, _sizes[kind])
         usable = [label for label in candidates if known.get(label, math.inf) < math.inf]
         if not usable:
             raise list(errors.values())[-1]
@@ -196,6 +211,13 @@ def find(
         if not is_timing() and (not short or _short[kind, scope] >= TRIES):
             _settled[kind, scope] = taken
         return taken, errors
+
+
+def _are_of(kind: Kind, size: tuple[int, ...]) -> None:
+    """Forget the times of a kind that are of a map of another size: up to eight times the work of this one."""
+    if _sizes.setdefault(kind, size) != size:
+        _sizes[kind] = size
+        _times[kind] = {label: ms for label, ms in _times[kind].items() if ms == math.inf}
 
 
 def _learn(kind: Kind, label: str, milliseconds: float) -> None:
@@ -217,11 +239,11 @@ def _being_timed() -> Iterator[None]:
 
 
 def _milliseconds(candidate: Candidate, device: torch.device, limit: float = math.inf) -> float:
-    """Of the GPU alone: the calls are queued while it is busy with something else. Beyond ``limit`` one is enough."""
+    """Of the GPU alone: the calls are queued while it is busy with something else. Beyond ``limit`` two are enough."""
     candidate()  # compiles, and fills the caches
     best, cycles = math.inf, HEAD_START
     with torch.cuda.device(device):
-        for repeats in (1, REPEATS, REPEATS):
+        for count, repeats in enumerate((1, 1, REPEATS, REPEATS)):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda._sleep(cycles)
             start.record()
@@ -232,7 +254,7 @@ def _milliseconds(candidate: Candidate, device: torch.device, limit: float = mat
             end.record()
             end.synchronize()
             best = min(best, start.elapsed_time(end) / repeats)
-            if best > limit:
+            if count and best > limit:  # once may be somebody else's doing
                 break
             cycles = max(HEAD_START, int(1.5 * CLOCK * min(queueing, 0.1)))  # a block by branches is many launches
     return best
@@ -257,7 +279,23 @@ def _identity(device: torch.device) -> dict[str, str]:
 
     triton = getattr(sys.modules.get('triton'), '__version__', '')  # imported, wherever its kernels work
     name = torch.cuda.get_device_name(device)
-    return {'device': name, 'torch': torch.__version__, 'triton': triton, 'mmunireplknet': __version__}
+    return {
+        'device': name,
+        'torch': torch.__version__,
+        'triton': triton,
+        'mmunireplknet': f'{__version__} {fingerprint()}',
+    }
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Hash of what computes: while the package is worked on, its version stays the same."""
+    digest = hashlib.sha256()
+    files = [file for pattern in ('*.py', 'gpu/*.py', 'csrc/cuda/*.*') for file in HERE.glob(pattern)]
+    with contextlib.suppress(OSError):  # it is being installed anew
+        for file in sorted(files):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _read_file(device: torch.device) -> None:
@@ -275,17 +313,20 @@ def _read_file(device: torch.device) -> None:
             entry = json.loads(line)
             times = {str(label): float(ms) for label, ms in entry['ms'].items()}
             kind: Kind = (index, *entry['kind'])
+            size = tuple(int(length) for length in entry['size'])
             if {name: entry[name] for name in identity} == identity and all(0 < ms < math.inf for ms in times.values()):
-                for label in times.keys() - _times.get(kind, {}).keys():
+                _times.setdefault(kind, {})
+                _are_of(kind, size)  # the last ones count
+                for label in times.keys() - _times[kind].keys():
                     _learn(kind, label, times[label])
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # a line that another process is writing, or that somebody has edited
 
 
-def _write_file(kind: Kind, times: Mapping[str, float], device: torch.device) -> None:
+def _write_file(kind: Kind, times: Mapping[str, float], device: torch.device, size: tuple[int, ...] = ()) -> None:
     if (path := _file()) is None:
         return
-    line = json.dumps({**_identity(device), 'kind': kind[1:], 'ms': times}) + '\n'
+    line = json.dumps({**_identity(device), 'kind': kind[1:], 'size': size, 'ms': times}) + '\n'
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         full = path.is_file() and path.stat().st_size > MOST_BYTES

@@ -34,6 +34,8 @@ def self_check(name: str, backend: Any, device: torch.device, part: str = '') ->
         part: 'convolutions', 'block' or 'pointwise'; empty for all that it has.
     """
     checks = [_convolutions(backend, device), _sums(backend, device)] if part in ('', 'convolutions') else []
+    if name == 'cuda' and part in ('', 'convolutions'):
+        checks.append(_many_planes(backend, device))
     if part in ('', 'block'):
         checks.append(_blocks(backend, device))
     if part == 'pointwise' or name == 'cpp':
@@ -95,6 +97,25 @@ def _sums(backend: Any, device: torch.device) -> _Results:
     exact = _exact(x, weight, 1)
     yield 'forward', x.dtype, y, exact
     yield 'sum of the maps', x.dtype, sums, exact.sum((2, 3))
+
+
+def _many_planes(backend: Any, device: torch.device) -> _Results:
+    """What the kernels of CUDA do otherwise where there is enough work for every multiprocessor, as in training."""
+    draw, copies = _drawing(4), 128  # 2048 planes are 8 for each of 256 multiprocessors
+    for kernel, dtype, layout in (
+        (13, torch.bfloat16, torch.contiguous_format),
+        (7, torch.float16, torch.contiguous_format),
+        (13, torch.float16, torch.channels_last),
+        (5, torch.bfloat16, torch.channels_last),
+        (5, torch.float32, torch.contiguous_format),
+        (3, torch.float32, torch.channels_last),
+    ):
+        x, weight = draw(1, 16, 19, 8).to(dtype), draw(16, 1, kernel, kernel)
+        exact = _exact(x, weight, 1)
+        x, weight = x.repeat(1, copies, 1, 1).contiguous(memory_format=layout), weight.repeat(copies, 1, 1, 1)
+        y, sums = backend.forward(x.to(device), weight.to(device), None, 1, pooled=True)
+        yield 'forward of many planes', dtype, y, exact.repeat(1, copies, 1, 1)
+        yield 'sum of many maps', dtype, sums, exact.sum((2, 3)).repeat(1, copies)
 
 
 def _blocks(backend: Any, device: torch.device) -> _Results:

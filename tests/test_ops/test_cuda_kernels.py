@@ -12,11 +12,15 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from mmunireplknet.ops import build, cuda, reference
+from mmunireplknet.ops.self_check import self_check
 
 from ..procedural import relative_error
 from .cuda_cases import DTYPES, LAYOUTS, Case, check_forward, check_weight_grad, draw, set_tf32, tensors
@@ -74,6 +78,28 @@ def test_rows_in_two_sets_and_in_one(
             if dtype != torch.float32 or (layout == out_layout and kernel < 19):  # or two have no room
                 assert emulation.planned_sets(x, x.contiguous(memory_format=out_layout), kernel) == sets
             check_forward(case)
+
+
+def test_the_check_before_the_first_use_takes_rows_in_both_ways(emulation: Emulation) -> None:
+    """For a GPU of 132 or of 200 multiprocessors, on which all maps of a network in training have two sets."""
+    sets: dict[tuple[torch.dtype, bool], set[int]] = {}
+
+    def forward(
+        x: Tensor, weight: Tensor, bias: None, dilation: int, flipped: bool = False, pooled: bool = False,
+        layout: torch.memory_format = torch.preserve_format,
+    ) -> Any:  # fmt: skip
+        y = reference.forward(x, weight, bias, dilation, flipped).clone(memory_format=layout)
+        if dilation == 1:
+            of_map = sets.setdefault((x.dtype, x.is_contiguous()), set())
+            of_map.add(emulation.planned_sets(x, y, weight.shape[-1]))
+        return (y, y.float().sum((2, 3))) if pooled else y
+
+    backend = SimpleNamespace(forward=forward, weight_grad=reference.weight_grad)
+    for emulation.processors in (132, 200):
+        sets.clear()
+        assert self_check('cuda', backend, torch.device('cpu'), 'convolutions') == ''
+        assert all(2 in of_map for of_map in sets.values()), sets
+        assert {1, 2} in sets.values()
 
 
 @pytest.mark.parametrize('kernel', [3, 7, 13, 31])

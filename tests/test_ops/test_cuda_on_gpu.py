@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -24,7 +25,7 @@ from torch import Tensor
 from mmunireplknet.ops import backends, cuda, reference
 
 from ..procedural import relative_error
-from .cuda_cases import DTYPES, LAYOUTS, check_forward, check_weight_grad, draw, set_tf32
+from .cuda_cases import DTYPES, LAYOUTS, Case, check_forward, check_weight_grad, draw, set_tf32
 
 DEVICE = 'cuda'
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')]
@@ -50,6 +51,18 @@ def test_everything_that_can_be_asked_for(dtype: torch.dtype, kernel: int) -> No
         for case in draw(dtype, kernel, 8, 1_000_000):
             check_forward(case, DEVICE)
             check_weight_grad(case, DEVICE)
+
+
+@pytest.mark.parametrize('layouts', [*itertools.product(LAYOUTS, LAYOUTS)], ids=str)
+@pytest.mark.parametrize('kernel', [3, 7, 13, 21])
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+def test_rows_in_two_sets(dtype: torch.dtype, kernel: int, layouts: tuple[torch.memory_format, ...]) -> None:
+    """Which take more planes than the cases above have: enough for every multiprocessor."""
+    for height in (1, 16, 17, 31, 32, 33, 63, 64, 65):
+        for channels, flipped in ((700, False), (1024, True)):
+            check_forward(
+                Case(dtype, kernel, 1, (height, 40), 3, channels, *layouts, dtype, True, flipped, False), DEVICE
+            )
 
 
 def arguments(device: str = DEVICE, seed: int = 0, size: tuple[int, int] = (40, 37)) -> tuple[Tensor, Tensor]:

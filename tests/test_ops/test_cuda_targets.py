@@ -172,3 +172,15 @@ def test_unknown_architectures(wish: str, reason: str, package: Path, monkeypatc
         build.build(kind='cuda')
     assert reason in str(caught.value)
     assert files_in(package) == []
+
+
+def test_what_is_said_in_another_encoding(package: Path, places: list[Path], tmp_path: Path) -> None:
+    """By nvcc, by the driver, or by a compiler about what is wrong."""
+    says = r'import os, sys; os.write(1, b"\xe9rror, release 13.0, \xff"); sys.exit(3)'
+    nvcc = program(places[0] / 'nvcc', says)
+    assert build.nvcc() == (str(nvcc), (13, 0))
+    program(places[1] / 'nvidia-smi', says)
+    with pytest.raises(RuntimeError, match=r'no GPU is seen here, .*release 13.0'):
+        build._gpus()
+    with pytest.raises(RuntimeError, match=r'did not compile.\n(.*\n)*.*release 13.0'):
+        build._run('cuda', [str(nvcc)])

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from mmunireplknet.ops import backends, depthwise_conv2d, depthwise_conv2d_pooled, fastest
+from mmunireplknet.ops import backends, depthwise_conv2d, depthwise_conv2d_pooled, dilated_reparam_conv, fastest
 
 from ..procedural import image, relative_error
 from .cases import plain
 from .fake_gpu import DividedBackend, FakeGPU
+from .reparam_cases import Case, differentiate, inputs_of
 
 X, WEIGHT = image((2, 6, 20, 21)), image((6, 1, 13, 13), 1)
 
@@ -161,3 +162,13 @@ def test_what_is_timed_as_a_part_needs_no_other_division(gpu: FakeGPU, triton: D
     assert known() == (None, '64')
     convolve()
     assert (gpu.timed[4:], known()) == (['triton 16'], ('triton 16', '16'))
+
+
+def test_what_was_chosen_asks_the_driver_for_nothing(gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each question costs as much as a launch, at every convolution and block."""
+    monkeypatch.setattr(backends, 'ON_GPU', ('triton',))
+    inputs = inputs_of(Case('7', (9, 10), 4))
+    for _ in range(2):
+        differentiate(dilated_reparam_conv, inputs)
+        convolve()
+        monkeypatch.setattr(fastest, 'is_capturing', lambda *_: pytest.fail('it was asked'))

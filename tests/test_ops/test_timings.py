@@ -1,4 +1,4 @@
-"""The clock of what is timed on a GPU, and the file that timings are kept in, on a GPU that is made of the CPU."""
+"""The file that timings are kept in, and what is timed, on a GPU that is made of the CPU."""
 
 import contextlib
 import json
@@ -96,75 +96,6 @@ def test_a_file_that_cannot_be_written(gpu: FakeGPU, monkeypatch: pytest.MonkeyP
     assert backends.choose('auto', X, 13) == 'cuda'
 
 
-class Clock:
-    """``torch.cuda`` as far as timing needs it: work is queued, and takes its time by itself."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.log: list[str] = []
-        self.cycles: list[int] = []
-        clock = self
-
-        class Event:
-            def __init__(self, enable_timing: bool) -> None:
-                assert enable_timing
-
-            def record(self) -> None:
-                clock.log.append('record')
-                self.time = clock.now
-
-            def synchronize(self) -> None:
-                clock.log.append('wait')
-
-            def elapsed_time(self, end: 'Event') -> float:
-                return end.time - self.time
-
-        self.Event = Event
-
-    def _sleep(self, cycles: int) -> None:
-        self.log.append('sleep')
-        self.cycles.append(cycles)
-        self.now += 100.0
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(torch.cuda, 'Event', clock.Event)
-    monkeypatch.setattr(torch.cuda, '_sleep', clock._sleep, raising=False)
-    monkeypatch.setattr(torch.cuda, 'device', lambda device: warnings.catch_warnings())
-    return clock
-
-
-GPU = torch.device('cuda', 0)
-ONCE, REPEATED = (['sleep', 'record', *['call'] * count, 'record', 'wait'] for count in (1, fastest.REPEATS))
-
-
-@pytest.mark.parametrize(('limit', 'rounds'), [(math.inf, 3), (3.5, 3), (2.5, 1)])
-def test_time_of_the_gpu_alone(clock: Clock, limit: float, rounds: int) -> None:
-    """Whatever the first call costs, and however long the GPU is kept busy before; not often where it is far behind."""
-    durations = iter([1000.0, 3.0, *[3.0] * 5, *[2.0] * 5])
-
-    def candidate() -> None:
-        clock.log.append('call')
-        clock.now += next(durations)
-
-    assert fastest._milliseconds(candidate, GPU, limit) == (2.0 if rounds == 3 else 3.0)
-    assert clock.log == ['call', *ONCE, *(REPEATED + REPEATED if rounds == 3 else [])]
-    assert min(clock.cycles) == fastest.HEAD_START
-
-
-def test_what_takes_long_to_queue_has_a_longer_head_start(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the GPU would wait for the launches of a block that is computed branch after branch."""
-    seconds = iter([10.0, 10.004, 20.0, 20.02, 30.0, 99.0])
-    monkeypatch.setattr(fastest.time, 'perf_counter', lambda: next(seconds))
-    fastest._milliseconds(lambda: None, GPU)
-    head_starts = [cycles / fastest.CLOCK for cycles in clock.cycles]
-    assert head_starts[0] == fastest.HEAD_START / fastest.CLOCK
-    assert 0.02 < head_starts[1] < 0.1
-    assert 0.02 < head_starts[2] < 0.1
-
-
 def test_the_limit_is_that_of_the_fastest_so_far(gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {}
 
@@ -244,16 +175,16 @@ def test_the_file_is_bounded(gpu: FakeGPU, file: Path, monkeypatch: pytest.Monke
 
 
 def test_more_kinds_than_are_remembered(gpu: FakeGPU, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the file knows counts, however much that is."""
+    """What the file knows counts, however much that is, and keeps nothing else from being timed."""
     gpu.milliseconds['triton'] = 0.5
     for kernel in (13, 11):
         convolve(weight=WEIGHT[..., :kernel, :kernel])
     fastest.clear()
     monkeypatch.setattr(fastest, 'MOST', 1)
-    for kernel in (13, 11, 9):
+    for kernel in (13, 11, 9, 7):
         convolve(weight=WEIGHT[..., :kernel, :kernel])
-    assert len(gpu.timed) == 6
-    assert [backends.choose('auto', X, kernel) for kernel in (13, 11, 9)] == ['triton', 'triton', 'cuda']
+    assert len(gpu.timed) == 9
+    assert [backends.choose('auto', X, kernel) for kernel in (13, 11, 9, 7)] == [*['triton'] * 3, 'cuda']
 
 
 def write(number: int) -> None:
@@ -348,3 +279,63 @@ def test_the_stream_of_the_map_is_asked(
     streams = Streams(monkeypatch, *capturing)
     assert fastest.is_capturing(None if index is None else torch.device('cuda', index)) == expected
     assert streams.current == 0
+
+
+LARGE, SMALL = image((2, 6, 31, 31)), image((2, 6, 20, 21))  # of one kind
+
+
+@pytest.mark.parametrize('how', ['short of memory', 'built since'])
+def test_times_of_maps_of_two_sizes_are_not_compared(gpu: FakeGPU, file: Path, how: str) -> None:
+    """What comes late, on a map of less work, would win by that, in every later process too."""
+    gpu.milliseconds |= {'cuda': 4.0, 'triton': 1.0}
+    cuda = gpu.backends['cuda']
+    if how == 'built since':
+        del gpu.backends['cuda']
+    cuda.fails = SHORT
+    convolve(LARGE)
+    cuda.fails, gpu.backends['cuda'] = None, cuda
+    if how == 'built since':
+        fastest.clear()
+    gpu.milliseconds |= {'cuda': 0.8, 'triton': 0.2}
+    convolve(SMALL)
+    assert backends.choose('auto', LARGE, 13) == 'triton'
+    fastest.clear()
+    timed = len(gpu.timed)
+    convolve(LARGE)
+    assert (len(gpu.timed), backends.choose('auto', LARGE, 13)) == (timed, 'triton')
+
+
+def test_lines_of_maps_of_two_sizes_are_not_mixed(gpu: FakeGPU, file: Path) -> None:
+    """As two processes write them, each with maps of its own."""
+    kind, device = fastest.kind_of('forward', SMALL, 13, 1), torch.device('cpu')
+    fastest._write_file(kind, {'cuda': 4.0, 'triton': 1.0}, device, (2, 6, 31, 31))
+    fastest._write_file(kind, {'torch': 0.9, 'triton': 0.2}, device, (2, 6, 20, 21))
+    convolve(SMALL)
+    assert (gpu.timed, backends.choose('auto', SMALL, 13)) == (['cuda'], 'triton')
+
+
+def test_products_in_tf32_are_another_kind(gpu: FakeGPU) -> None:
+    """They take a third of the work of the others on tensor cores, and torch's own kernel has no use for them."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    kinds = {}
+    try:
+        for torch.backends.cudnn.conv.fp32_precision in ('tf32', 'ieee'):
+            kinds |= {fastest.kind_of('forward', X.to(dtype), 13, 1): dtype for dtype in (torch.float32, torch.float16)}
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+    assert sorted(map(str, kinds.values())) == ['torch.float16', 'torch.float32', 'torch.float32']
+
+
+def test_timings_of_other_sources(gpu: FakeGPU, file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of the same version of the package, as while it is worked on."""
+    convolve()
+    (tmp_path / 'gpu').mkdir()
+    (tmp_path / 'gpu' / 'convolution.py').write_text('faster = True')
+    monkeypatch.setattr(fastest, 'HERE', tmp_path)
+    fastest.fingerprint.cache_clear()
+    try:
+        fastest.clear()
+        convolve()
+        assert len(gpu.timed) == 6
+    finally:
+        fastest.fingerprint.cache_clear()
