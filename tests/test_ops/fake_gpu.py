@@ -82,11 +82,13 @@ class DividedBackend(PoolingBackend):
 
     Attributes:
         failing: Labels of those that raise.
+        wrong: Labels of those whose results are scaled by a tenth too much.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.failing: set[str] = set()
+        self.wrong: set[str] = set()
 
     def divisions(self, function: str, x: Tensor, dilation: int) -> dict[str, Any]:
         return {
@@ -102,7 +104,10 @@ class DividedBackend(PoolingBackend):
     def _divided(self, label: str, function: Callable, *args: Any, **options: Any) -> Any:
         if label in self.failing:
             raise RuntimeError(f'out of registers with {label}')
-        return function(*args, **options)
+        result = function(*args, **options)
+        if label not in self.wrong:
+            return result
+        return (1.1 * result[0], *result[1:]) if isinstance(result, tuple) else 1.1 * result
 
 
 class FakeGPU:
@@ -117,6 +122,7 @@ class FakeGPU:
 
     def label_of(self, candidate: Any) -> str:
         """That of a partial, of something for its module, or of a function of the block; all others are branches."""
+        candidate = getattr(candidate, 'candidate', candidate)
         function = getattr(candidate, 'func', None)
         module = getattr(function, 'backend', None) or next(iter(getattr(candidate, 'args', ())), None)
         if module is reference:

@@ -3,13 +3,21 @@
 import json
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from mmunireplknet.ops import backends, depthwise_conv2d, depthwise_conv2d_pooled, dilated_reparam_conv, fastest
+from mmunireplknet.ops import (
+    backends,
+    depthwise_conv2d,
+    depthwise_conv2d_pooled,
+    dilated_reparam_conv,
+    fastest,
+    reference,
+)
 
 from ..procedural import image, relative_error
 from .cases import plain
@@ -112,6 +120,56 @@ def test_a_backend_all_of_whose_divisions_fail_is_given_up(gpu: FakeGPU, triton:
     convolve()
     assert (known()[0], len(gpu.timed)) == ('cuda', 4)
     assert fastest.is_failed(fastest.kind_of('forward', X, 13, 1), 'triton')
+
+
+@pytest.mark.parametrize('function', ['forward', 'input_grad', 'weight_grad', 'pooled'])
+def test_a_division_that_is_wrong_is_not_taken(gpu: FakeGPU, triton: DividedBackend, function: str) -> None:
+    gpu.milliseconds |= {'triton 16': 0.1, 'triton 64': 0.5}
+    triton.wrong = {'16'}
+    grad = image(X.shape, 2)
+
+    def do(module: ModuleType) -> object:
+        if function == 'weight_grad':
+            return module.weight_grad(X, grad, 13, 1)
+        return module.forward(X, WEIGHT, None, 1, function == 'input_grad')
+
+    if function == 'pooled':
+        depthwise_conv2d_pooled(X, WEIGHT)
+    else:
+        backends.compute(do, 'auto', function, X, 13, 1)
+    assert known(function) == ('triton 64', '64')
+
+
+def test_a_backend_all_of_whose_divisions_are_wrong_is_given_up(gpu: FakeGPU, triton: DividedBackend) -> None:
+    gpu.milliseconds |= {'triton 16': 0.1, 'triton 64': 0.1}
+    triton.wrong = {'16', '64'}
+    with pytest.warns(
+        UserWarning, match=r'triton kernels fail in the forward of .*differs from that of torch by 0\.1 '
+    ):
+        convolve()
+    convolve()
+    assert known()[0] == 'cuda'
+
+
+@pytest.mark.parametrize('value', [0.0, float('nan'), float('inf')])
+def test_maps_on_which_nothing_can_be_compared(gpu: FakeGPU, triton: DividedBackend, value: float) -> None:
+    gpu.milliseconds['triton 16'] = 0.5
+    depthwise_conv2d(torch.full_like(X, value), WEIGHT)
+    assert known() == ('triton 16', '16')
+
+
+def test_torch_may_be_unable_to_compute_what_others_can(
+    gpu: FakeGPU, triton: DividedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(*_: object) -> Tensor:
+        raise RuntimeError('no such kernel')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, 'forward', forward)
+        triton.forward = lambda x, *_: x.clone()
+        gpu.backends['cuda'].reason = 'not today'
+        assert torch.equal(depthwise_conv2d(X, WEIGHT), X)
+    assert known()[0] == 'triton 64'
 
 
 def test_a_backend_that_is_asked_for_is_divided_as_well(
