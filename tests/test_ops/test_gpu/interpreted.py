@@ -68,11 +68,14 @@ def interpreting() -> Iterator[None]:
     language, standard = triton.language, triton.language.standard
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
-    def rounded(self: InterpreterBuilder, source: Any, target: Any) -> Any:
-        """As a GPU rounds to bfloat16; triton 3.7 cuts off."""
-        if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
-            return TensorHandle(_to_bfloat16(source.data), tl.bfloat16)
-        return cast(self, source, target)
+    def converted(self: InterpreterBuilder, source: Any, target: Any) -> Any:
+        """As a GPU does; triton 3.7 cuts off what does not fit into bfloat16, and takes its bits for whole numbers."""
+        if source.dtype.scalar == target.scalar or tl.bfloat16 not in (source.dtype.scalar, target.scalar):
+            return cast(self, source, target)
+        source = _widened(source)
+        if target.scalar != tl.bfloat16:
+            return source if target.scalar == tl.float32 else cast(self, source, target)
+        return TensorHandle(_to_bfloat16(source.data.astype(np.float32)), tl.bfloat16)
 
     def multiplied(self: InterpreterBuilder, a: Any, b: Any, *rest: Any) -> Any:
         """Numbers in bfloat16; triton 3.7 takes their bits for whole numbers."""
@@ -80,7 +83,7 @@ def interpreting() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch, checked_memory():
         patch.setattr(InterpretedFunction, '__call__', call)
-        patch.setattr(InterpreterBuilder, 'cast_impl', rounded)
+        patch.setattr(InterpreterBuilder, 'cast_impl', converted)
         patch.setattr(InterpreterBuilder, 'create_dot', multiplied)
         for name, function in list(vars(standard).items()):
             if isinstance(function, JITFunction):

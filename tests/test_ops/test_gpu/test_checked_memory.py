@@ -36,11 +36,15 @@ def spread(target, size: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-u
     tl.store(target + tl.arange(0, size) // STEP, tl.arange(0, size).to(tl.float32))
 
 
+def ones(target, size: tl.constexpr):  # type: ignore[no-untyped-def]
+    tl.store(target + tl.arange(0, size), (tl.arange(0, size) < 16).to(target.dtype.element_ty))
+
+
 @pytest.fixture
 def kernels() -> Iterator[SimpleNamespace]:
     with triton.knobs.runtime.scope(), interpreting():
         triton.knobs.runtime.interpret = True
-        yield SimpleNamespace(**{f.__name__: triton.jit(f) for f in (copy, turn, total, spread)})
+        yield SimpleNamespace(**{f.__name__: triton.jit(f) for f in (copy, turn, total, spread, ones)})
 
 
 def test_lets_pass_what_is_right(kernels: SimpleNamespace) -> None:
@@ -96,10 +100,12 @@ def test_memory_is_poisoned(kernels: SimpleNamespace) -> None:
     assert torch.empty(3, dtype=torch.bfloat16).isnan().all()
 
 
-def test_bfloat16_is_rounded_as_on_a_gpu(kernels: SimpleNamespace) -> None:
+def test_bfloat16_is_as_on_a_gpu(kernels: SimpleNamespace) -> None:
     source = torch.cat(
         [torch.randn(24), torch.tensor([torch.nan, torch.inf, 1.00390625, 1.01171875, 0.0, -0.0, 3e38, 1e-40])]
     )
     target = torch.zeros(32, dtype=torch.bfloat16)
     kernels.copy[(2,)](source, target, 32, 0, 16)
     torch.testing.assert_close(target, source.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    kernels.ones[(1,)](target, 32)
+    assert target.tolist() == [1.0] * 16 + [0.0] * 16
