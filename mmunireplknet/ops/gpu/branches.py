@@ -142,6 +142,7 @@ class Tile(NamedTuple):
 _TILES = {
     ('bytes 2', 'hopper'): (Tile(2, 64, 4, 2, 6), Tile(1, 32, 4, 1, 34 * 32), Tile(4, 128, 8, 2, 1)),
     ('bytes 2', 'others'): (Tile(2, 64, 4, 1, 3), Tile(1, 32, 4, 1, 34 * 32), Tile(4, 64, 4, 1, 1)),
+    ('bytes 2', 'sm_120'): (Tile(2, 64, 4, 1, 3), Tile(1, 32, 4, 1, 27 * 32), Tile(4, 64, 4, 1, 1)),
     ('bytes 4', 'hopper'): (Tile(2, 64, 4, 1, 3), Tile(1, 32, 4, 1, 18 * 32), Tile(4, 128, 8, 1, 1)),
     ('bytes 4', 'others'): (Tile(2, 64, 4, 1, 1), Tile(1, 32, 4, 1, 18 * 32), Tile(2, 64, 4, 1, 1)),
     ('tf32x3', 'hopper'): (Tile(2, 64, 4, 1, 3), Tile(1, 32, 4, 1, 13 * 32), Tile(2, 64, 4, 1, 1)),
@@ -159,7 +160,8 @@ def tile_of(x: Tensor, purpose: str, plan: Plan) -> Tile:
     """How a kernel for maps like ``x`` divides its work; ``purpose`` is one of ``TILES_OF``."""
     exact = x.dtype == torch.float32 and precision(x) == 'tf32x3'
     kind = 'tf32x3' if exact else f'bytes {x.element_size()}'
-    tile = _TILES[kind, 'hopper' if capability_of(x) == 90 else 'others'][TILES_OF.index(purpose)]
+    chip = {90: 'hopper', 120: 'sm_120'}.get(capability_of(x), 'others')
+    tile = _TILES.get((kind, chip), _TILES[kind, 'others'])[TILES_OF.index(purpose)]
     return tile if plan.depth == 32 else tile._replace(down=1)
 
 
