@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,10 +22,11 @@ class Agreeing:
     Args:
         candidate: What computes a map or the gradient of a weight, or a tuple that begins with it.
         exact: torch's result; None where torch cannot tell.
+        dtype: Of the maps: torch rounds to it also what it hands over in float32, as the gradient of a weight.
     """
 
-    def __init__(self, candidate: Callable[[], Any], exact: Callable[[], Tensor | None]) -> None:
-        self.candidate, self.exact, self.is_checked = candidate, exact, False
+    def __init__(self, candidate: Callable[[], Any], exact: Callable[[], Tensor | None], dtype: torch.dtype) -> None:
+        self.candidate, self.exact, self.dtype, self.is_checked = candidate, exact, dtype, False
 
     def __call__(self) -> object:
         """Compute it.
@@ -43,17 +45,19 @@ class Agreeing:
         if exact is None:
             return
         difference, norm = float((result.float() - exact.float()).norm()), float(exact.float().norm())
-        limit = LIMIT.get(result.dtype, 0.0) if result.dtype == exact.dtype else max(LIMIT.values())
+        limit, dtype = LIMIT.get(self.dtype, 0.0), torch.finfo(self.dtype)
+        # The least number of the dtype: by so much may torch round any value, and in float16 gradients are that small.
+        least = dtype.tiny * dtype.eps * math.sqrt(exact.numel())
         # Of infinities and NaN in the input each may make its own; of zeros nothing can be said by this measure.
-        if 0 < norm < float('inf') and not difference <= limit * norm:
+        if 0 < norm < float('inf') and not difference <= limit * norm + least:
             raise RuntimeError(
                 f'the result differs from that of torch by {difference / norm:.2g} of its norm, at most {limit} is '
                 'left to rounding. Please report this, with the GPU and the versions of torch and Triton.'
             )
 
 
-def agreeing(candidates: Mapping[str, Callable[[], Any]]) -> dict[str, Callable[[], object]]:
-    """``candidates``, of which all but 'torch' are compared with that one at their first call."""
+def agreeing(candidates: Mapping[str, Callable[[], Any]], dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """``candidates`` for maps of ``dtype``, of which all but 'torch' are compared with that one at their first call."""
     results: list[Tensor | None] = []
 
     def exact() -> Tensor | None:
@@ -64,7 +68,7 @@ def agreeing(candidates: Mapping[str, Callable[[], Any]]) -> dict[str, Callable[
                 results.append(None)
         return results[0]
 
-    return {label: do if label == 'torch' else Agreeing(do, exact) for label, do in candidates.items()}
+    return {label: do if label == 'torch' else Agreeing(do, exact, dtype) for label, do in candidates.items()}
 
 
 def _first(result: Any) -> Tensor:

@@ -269,7 +269,7 @@ def _choose_on_gpu(x: Tensor, kernel: int, dilation: int, function: str, do: Cal
         return fastest.guess(function, kernel, names)
     of_backends = {name: _candidates(name, function, x, dilation, do) for name in (*names, 'torch')}
     candidates = {label: candidate for some in of_backends.values() for label, candidate in some.items()}
-    label, errors = fastest.find(kind, agreeing(candidates), x.device, size=x.shape)
+    label, errors = fastest.find(kind, agreeing(candidates, x.dtype), x.device, size=x.shape)
     for name, some in of_backends.items():
         if some.keys() <= errors.keys():
             give_up(name, kind, next(errors[label] for label in some))

@@ -4,6 +4,7 @@ import json
 import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -156,6 +157,24 @@ def test_maps_on_which_nothing_can_be_compared(gpu: FakeGPU, triton: DividedBack
     gpu.milliseconds['triton 16'] = 0.5
     depthwise_conv2d(torch.full_like(X, value), WEIGHT)
     assert known() == ('triton 16', '16')
+
+
+def test_what_torch_loses_in_float16_is_no_error(
+    gpu: FakeGPU, triton: DividedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU torch rounds the gradient of a weight to the dtype of the maps, where much of a small one is lost."""
+    gpu.milliseconds['triton 16'] = 0.5
+    exact = triton.weight_grad = reference.weight_grad  # the triton kernels write float32
+
+    def rounded(*args: Any) -> Tensor:
+        return exact(*args).half().float()
+
+    monkeypatch.setattr(reference, 'weight_grad', rounded)
+    x, grad = X.half(), (image(X.shape, 2) * 1e-8).half()
+    assert relative_error(rounded(x, grad, 13, 1), exact(x, grad, 13, 1)) > 0.05
+    result = backends.compute(lambda module: module.weight_grad(x, grad, 13, 1), 'auto', 'weight_grad', x, 13, 1)
+    assert fastest.remembered(fastest.kind_of('weight_grad', x, 13, 1)) == 'triton 16'
+    assert relative_error(result, exact(x, grad, 13, 1)) < 1e-3
 
 
 def test_torch_may_be_unable_to_compute_what_others_can(
