@@ -92,14 +92,16 @@ class UniRepLKNetBlock(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block to ``x`` (N, C, H, W)."""
+        fused = self.fused and not compat.needs_standard_operators()
+        fusible = fused and self._is_fusible(x)
         if self.with_cp and x.requires_grad and torch.is_grad_enabled():
             contexts = (nullcontext(), FrozenRunningStatistics(self))
-            return checkpoint(self._forward, x, use_reentrant=False, context_fn=lambda: contexts)
-        return self._forward(x)
+            # Asked once: kernels that fail in between must not change which tensors the recomputation saves.
+            return checkpoint(self._forward, x, fused, fusible, use_reentrant=False, context_fn=lambda: contexts)
+        return self._forward(x, fused, fusible)
 
-    def _forward(self, x: Tensor) -> Tensor:
-        fused = self.fused and not compat.needs_standard_operators()
-        if fused and self._is_fusible(x):
+    def _forward(self, x: Tensor, fused: bool, fusible: bool) -> Tensor:
+        if fusible:
             return self._forward_fused(x)
         y = self._convolve_pooled(x) if fused and self._is_pooled(x) else self.se(self.norm(self.dwconv(x)))
         y = self.pwconv2(self.act(self.pwconv1(y)))

@@ -274,3 +274,17 @@ def test_the_layout_between_blocks(calls: list[str]) -> None:
     for layout in LAYOUTS:
         nn.Sequential(first, second)(map_of(layout))
     assert seen == [map_of(layout).stride() for layout in LAYOUTS]
+
+
+def test_kernels_that_fail_before_a_block_is_recomputed(
+    calls: list[str], triton: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recomputation must save what the forward pass has saved, whatever is known by then."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError('ptxas fatal')
+
+    monkeypatch.setattr(triton, 'grn', fail)
+    with pytest.warns(UserWarning, match='pointwise layers fail in grn'):
+        check_model(block(7, with_cp=True), map_of())
+    pointwise_kernels._failures.clear()
