@@ -25,6 +25,7 @@ from .norms import (
     is_hooked,
     is_plain_bn,
     is_watched,
+    process_group_of,
     statistics_of,
     update_running_statistics,
 )
@@ -112,7 +113,10 @@ class UniRepLKNetBlock(BaseModule):
     def _is_fusible(self, x: Tensor) -> bool:
         """Whether the fused operators compute this: on the CPU channels_last, BN as norm, nobody listening inside."""
         is_last = x.is_contiguous(memory_format=torch.channels_last)
-        if not x.numel() or not ((backends.suits_cpp(x) and is_last) or (pointwise_kernels.suits(x) and _is_dense(x))):
+        norms = [cast(_BatchNorm, norm) for norm in (self.norm, self.pwconv2[-1])]
+        synchronised = any(process_group_of(norm) is not None for norm in norms)
+        on_gpu = pointwise_kernels.suits(x, synchronised) and _is_dense(x)
+        if not x.numel() or not ((backends.suits_cpp(x) and is_last) or on_gpu):
             return False
         layers = [self.se, *self.se.children(), *self.pwconv1, *self.act, *self.pwconv2]
         types = [type(layer) for layer in (layers if self.deploy else layers[:-1])]

@@ -23,17 +23,22 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _failures: list[str] = []
 
 
-def suits(x: Tensor) -> bool:
+def suits(x: Tensor, synchronised: bool = False) -> bool:
     """Whether there are Triton kernels for maps like ``x``, which work, and which may be taken now.
 
     They are no operators of torch: whatever looks at operators, a compiler for one, gets torch's layers instead.
+
+    Args:
+        x: A map.
+        synchronised: Whether processes take statistics together. One whose kernels fail then stays with the fused
+            operators, which torch computes: its layers call other collectives, and all processes would wait for ever.
     """
     if not backends.is_on_gpu(x) or x.dtype not in DTYPES or torch.compiler.is_compiling() or type(x) is not Tensor:
         return False
     mode = _get_current_dispatch_mode()
     if mode is not None and not _counts_flops(mode):
         return False
-    return backends._wanted() != 'torch' and not _failures and not why_not(x.device)
+    return backends._wanted() != 'torch' and (synchronised or not _failures) and not why_not(x.device)
 
 
 def _counts_flops(mode: Any) -> bool:

@@ -288,3 +288,14 @@ def test_kernels_that_fail_before_a_block_is_recomputed(
     with pytest.warns(UserWarning, match='pointwise layers fail in grn'):
         check_model(block(7, with_cp=True), map_of())
     pointwise_kernels._failures.clear()
+
+
+def test_kernels_that_fail_in_one_of_several_processes(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are in the all-reduce of the fused operators, which no layer of torch takes part in."""
+    x, models = map_of(), {name: block(7, norm_cfg=dict(type=name)) for name in ('BN', 'SyncBN')}
+    monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
+    monkeypatch.setattr(torch.distributed, 'get_world_size', lambda group: 2)
+    monkeypatch.setattr(models['SyncBN'].norm, 'process_group', object())
+    pointwise_kernels._failures.append('apply')
+    assert {name: model._is_fusible(x) for name, model in models.items()} == {'BN': False, 'SyncBN': True}
+    pointwise_kernels._failures.clear()
